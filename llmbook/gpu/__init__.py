@@ -1,0 +1,1 @@
+"""The GPU's view of attention and matrix products."""

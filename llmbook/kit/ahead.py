@@ -1,0 +1,114 @@
+"""Compile Triton kernels for GPUs that are not here, and report what the compiler made of them.
+
+`python -m llmbook.kit.ahead` compiles every kernel of the book for five generations; `report` does it for one kernel
+module, in a process of its own, and returns the rows.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .hardware import SHARED_PER_BLOCK
+
+TARGETS = (75, 80, 89, 90, 100)
+
+
+def report(*modules: str) -> list[dict[str, Any]]:
+    """Compile the `BUILDS` of these kernel modules for every target, in a fresh process that does not interpret.
+
+    Returns:
+        One row per kernel and target: kernel, sm, shared (bytes), limit (bytes), registers, spills (bytes of local
+        memory per thread), tensor_core (the matrix instruction found in the PTX, or "").
+
+    Raises:
+        RuntimeError: the compiler refused a kernel; its message is passed on.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "llmbook.kit.ahead", "--json", *modules]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"compiling {', '.join(modules)} ahead of time failed:\n{done.stderr[-3000:]}")
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def kernel_modules() -> list[str]:
+    """Every chapter's kernel module, by name."""
+    package = Path(__file__).parents[1]
+    return sorted(
+        ".".join(("llmbook", *path.relative_to(package).with_suffix("").parts))
+        for path in package.glob("*/*/kernel.py")
+    )
+
+
+def _compile(build: Any, sm: int) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        name: "constexpr" if name in build.constants else build.signature[name] for name in build.kernel.arg_names
+    }
+    # Triton specialises pointers and sizes that are multiples of 16; assume so, as real tensors are.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(build.kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(build.kernel, signature, build.constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=build.options)
+    registers, spills = _resources(compiled.asm["cubin"])
+    found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    return {
+        "kernel": build.kernel.__name__, "constants": dict(build.constants), "sm": sm,
+        "shared": compiled.metadata.shared, "limit": SHARED_PER_BLOCK[sm], "registers": registers, "spills": spills,
+        "tensor_core": found[0] if found else "",
+    }  # fmt: skip
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of local memory (spills), as `cuobjdump` reads them from the binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+)", listing), re.search(r"STACK:(\d+)", listing)
+    if registers is None or stack is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage:\n{listing}")
+    return int(registers.group(1)), int(stack.group(1))
+
+
+def main(arguments: list[str]) -> int:
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        print("TRITON_INTERPRET=1 is set: this process cannot compile; unset it", file=sys.stderr)
+        return 2
+    os.environ["TRITON_INTERPRET"] = "0"  # so that kernel modules do not choose the interpreter for want of a GPU
+    as_json = "--json" in arguments
+    modules = [argument for argument in arguments if argument != "--json"] or kernel_modules()
+    rows = [
+        _compile(build, sm) for name in modules for build in importlib.import_module(name).BUILDS for sm in TARGETS
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        print(
+            f"{row['kernel']:28} sm_{row['sm']:<4} shared {row['shared']:>7,} of {row['limit']:>7,} B  "
+            f"registers {row['registers']:>3}  spills {row['spills']:>4} B  {row['tensor_core']}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,50 @@
+"""Triton, importable anywhere: compiled where there is a GPU, interpreted on a CPU where there is none.
+
+Kernel modules import `triton` and `tl` from here, because the interpreter has to be chosen before Triton is first
+imported. A process that interprets cannot compile; `llmbook.kit.ahead` therefore compiles in one of its own.
+"""
+
+import os
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+__all__ = ["DEVICE", "INTERPRETED", "Build", "need_same_device", "tl", "triton"]
+
+
+class Build:
+    """A kernel with everything needed to compile it without a GPU.
+
+    Args:
+        kernel: the `@triton.jit` function.
+        signature: argument name → Triton type ("*fp16", "i32", "fp32"); constants are left out.
+        constants: `tl.constexpr` name → value.
+        num_warps, num_stages: launch options, as the launcher chooses them.
+    """
+
+    def __init__(
+        self, kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, num_warps: int = 4,
+        num_stages: int = 2,
+    ) -> None:  # fmt: skip
+        self.kernel, self.signature, self.constants = kernel, signature, constants
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def need_same_device(**tensors: torch.Tensor) -> None:
+    """Refuse tensors that the kernels cannot reach, in one sentence.
+
+    Raises:
+        ValueError: tensors on different devices, or not where kernels run here.
+    """
+    places = {name: tensor.device.type for name, tensor in tensors.items()}
+    if set(places.values()) != {DEVICE.type}:
+        raise ValueError(f"kernels run on {DEVICE.type} here, but the tensors are on: {places}")
