@@ -140,9 +140,11 @@ def _in_browser(pictures: dict[tuple, str], choices: dict[str, Choice], start: d
             shared[name], widget = _control(name, _values(name, choice, {}), start)
             shown.append(widget)
 
+    layout, style = widgets.Layout(width="100%"), widgets.HTMLStyle()  # shared: one each, not one per picture
+
     def build(chosen: dict[str, Any], names: list[str]) -> Any:
         if not names:
-            return widgets.HTML(pictures[tuple(chosen.values())], layout=widgets.Layout(width="100%"))
+            return widgets.HTML(pictures[tuple(chosen.values())], layout=layout, style=style)
         name, *rest = names
         values = _values(name, choices[name], chosen)
         stack = widgets.Stack([build({**chosen, name: value}, rest) for value in values])

@@ -64,3 +64,35 @@ def gpu(name: str) -> GPU:
         if candidate.name == name:
             return candidate
     raise KeyError(f"no GPU called {name!r}; there are: {', '.join(g.name for g in GPUS)}")
+
+
+_NV = "https://www.nvidia.com/en-us/data-center"
+_BLOG = "https://developer.nvidia.com/blog/nvidia-ampere-architecture-in-depth/"
+
+GPUS = (
+    GPU("T4", 75, 65, False, 8.1, 16, 320, 4, 64, 40, 0, f"{_NV}/tesla-t4/"),
+    GPU("L4", 89, 121, True, 30.3, 24, 300, 48, 100, 58, 0, f"{_NV}/l4/"),
+    GPU(
+        "RTX 4090", 89, 165.2, True, 82.58, 24, 1008, 72, 100, 128, 0,
+        "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
+    ),
+    GPU("A100-40 SXM", 80, 312, True, 19.5, 40, 1555, 40, 164, 108, 600, _BLOG),
+    GPU("A100-80 SXM", 80, 312, True, 19.5, 80, 2039, 40, 164, 108, 600, f"{_NV}/a100/"),
+    GPU("H100 SXM", 90, 989, True, 67, 80, 3350, 50, 228, 132, 900, f"{_NV}/h100/"),
+    # NVIDIA prints no L2 size for the H200; 60 MiB is what the device itself reports to CUDA.
+    GPU("H200 SXM", 90, 989, True, 67, 141, 4800, 60, 228, 132, 900, f"{_NV}/h200/"),
+    # The HGX datasheet's B200. Early briefs print 8 TB/s, 80 TFLOP/s fp32 and 192 GB.
+    GPU("B200 HGX", 100, 2250, True, 75, 180, 7700, 126, 228, 148, 1800, f"{_NV}/hgx/"),
+)  # fmt: skip
+
+# PCIe: transfers per second × 16 lanes × 128/130 (the line code) ÷ 8 bits, before protocol overhead.
+LINKS = (
+    Link("PCIe 4.0 x16", 16 * 16 * 128 / 130 / 8, "https://pcisig.com/specifications"),
+    Link("PCIe 5.0 x16", 32 * 16 * 128 / 130 / 8, "https://pcisig.com/specifications"),
+    Link("NVLink 3 (A100)", 300, "https://docs.nvidia.com/cuda/ampere-tuning-guide/"),
+    Link("NVLink 4 (H100, H200)", 450, "https://docs.nvidia.com/cuda/hopper-tuning-guide/"),
+    Link("NVLink 5 (B200)", 900, "https://www.nvidia.com/en-us/data-center/nvlink/"),
+    Link("InfiniBand HDR", 25, "https://www.infinibandta.org/infiniband-roadmap/"),
+    Link("InfiniBand NDR", 50, "https://www.infinibandta.org/infiniband-roadmap/"),
+    Link("InfiniBand XDR", 100, "https://www.infinibandta.org/infiniband-roadmap/"),
+)

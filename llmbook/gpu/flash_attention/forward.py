@@ -1,0 +1,109 @@
+"""Attention forward, the standard way and FlashAttention's Algorithm 1 (arXiv:2205.14135), against a `Memory`."""
+
+from math import ceil, inf
+
+import torch
+from torch import exp, maximum
+
+from .memory import Memory, SramError
+
+Tensor = torch.Tensor
+
+
+def paper_block_sizes(M: int, d: int) -> tuple[int, int]:
+    """(B_c, B_r) as Algorithm 1, line 1 prints them: ⌈M/4d⌉ and min(⌈M/4d⌉, d)."""
+    Bc = ceil(M / (4 * d))
+    return Bc, min(Bc, d)
+
+
+def sram_peak(Bc: int, Br: int, d: int) -> int:
+    """Elements of SRAM that `flash_attention` holds at its fullest: K, V, S/P, O, and six vectors of B_r."""
+    return 2 * Bc * d + Br * Bc + Br * d + 6 * Br
+
+
+def block_sizes(M: int, d: int) -> tuple[int, int]:
+    """The paper's (B_c, B_r), reduced until everything fits into M elements, the six vectors included.
+
+    Raises:
+        ValueError: M holds not even one row of everything.
+    """
+    for Bc in range(paper_block_sizes(M, d)[0], 0, -1):
+        Br = min(Bc, d)
+        if sram_peak(Bc, Br, d) <= M:
+            return Bc, Br
+    raise ValueError(f"M = {M} elements of SRAM are too few for d = {d}: one row needs {sram_peak(1, 1, d)}")
+
+
+def standard_attention(Q: Tensor, K: Tensor, V: Tensor, mem: Memory) -> Tensor:
+    """softmax(QKᵀ/√d)V as three kernels, each reading its inputs from HBM and writing its output there.
+
+    Args:
+        Q, K, V: [N, d].
+        mem: counts elements; S and P are N × N and never fit into SRAM, so nothing is held.
+    """
+    N, d = Q.shape
+    mem.reads += Q.numel() + K.numel()
+    S = Q @ K.T / d**0.5
+    mem.writes += S.numel()
+    mem.reads += S.numel()
+    P = S.softmax(dim=1)
+    mem.writes += P.numel()
+    mem.reads += P.numel() + V.numel()
+    O = P @ V  # noqa: E741
+    mem.writes += O.numel()
+    return O
+
+
+def flash_attention(
+    Q: Tensor, K: Tensor, V: Tensor, mem: Memory, Bc: int, Br: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1: softmax(QKᵀ/√d)V without ever writing S or P to HBM. All of Q, K, V: [N, d].
+
+    Returns:
+        O [N, d], and per row l (sum of exponentials) and m (maximum), [N, 1].
+    """
+    N, d = Q.shape
+    O = mem.new(N, d, like=Q)  # noqa: E741
+    l = mem.new(N, 1, like=Q)
+    m = mem.new(N, 1, like=Q, fill=-inf)
+    for j in range(0, N, Bc):
+        Kj = mem.load("K", K, j, Bc)
+        Vj = mem.load("V", V, j, Bc)
+        for i in range(0, N, Br):
+            Qi = mem.load("Q", Q, i, Br)
+            S = mem.hold("S", Qi @ Kj.T / d**0.5)
+            mem.free("Q")
+            mt = mem.hold("m~", S.amax(1, keepdim=True))
+            P = mem.hold("P", exp(S - mt), over="S")
+            lt = mem.hold("l~", P.sum(1, keepdim=True))
+            mi = mem.load("m", m, i, Br)
+            li = mem.load("l", l, i, Br)
+            mn = mem.hold("m_new", maximum(mi, mt))
+            a = mem.hold("a", exp(mi - mn), over="m")
+            b = mem.hold("b", exp(mt - mn), over="m~")
+            ln = mem.hold("l_new", a * li + b * lt)
+            Oi = mem.load("O", O, i, Br)
+            Oi = (a * li * Oi + b * (P @ Vj)) / ln
+            mem.store(O, i, Oi)
+            mem.store(l, i, ln)
+            mem.store(m, i, mn)
+            mem.free("P", "O", "a", "b", "l", "l~", "m_new", "l_new")
+        mem.free("K", "V")
+    return O, l, m
+
+
+def standard_traffic(N: int, d: int) -> int:
+    """Elements `standard_attention` moves: Q, K, V, O once, S and P written once and read once."""
+    return 4 * N * d + 4 * N * N
+
+
+def flash_traffic(N: int, d: int, Bc: int) -> int:
+    """Elements `flash_attention` moves: K, V once; Q, O, l, m once per block of K; O, l, m initialised."""
+    Tc = ceil(N / Bc)
+    return 2 * N * d + Tc * (3 * N * d + 4 * N) + N * d + 2 * N
+
+
+__all__ = [
+    "Memory", "SramError", "block_sizes", "flash_attention", "flash_traffic", "paper_block_sizes", "sram_peak",
+    "standard_attention", "standard_traffic",
+]  # fmt: skip

@@ -1,0 +1,143 @@
+"""Refresh notebooks: `python -m tools.refresh [--check] [notebook …]`, every chapter if none is named.
+
+Rewrites the cells that show library source, the setup cell and the badge; executes from top to bottom in a clean
+kernel; renumbers widget ids; adds still pictures; normalises metadata. Unchanged code gives an unchanged file.
+With --check nothing is written, and a notebook that would change is an error (bytes of PNGs aside, which fonts decide).
+"""
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from tools.chapters import Chapter, chapters, colab_link, repository
+from tools.stills import add_stills
+from tools.verbatim import verbatim
+
+SETUP = """\
+# Does nothing where llmbook is installed; on Colab it installs it,
+# and touches none of the packages that Colab brings.
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("llmbook") is None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet",
+         "git+{address}"],
+        check=True,
+    )"""
+
+
+def refresh(chapter: Chapter) -> str:
+    """The notebook's text after a refresh.
+
+    Raises:
+        CellExecutionError: a cell raised.
+        ValueError: a cell header names what does not exist, or the setup or badge cell is missing.
+    """
+    notebook = nbformat.read(chapter.notebook, as_version=4)
+    tagged = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+    if missing := {"setup", "badge"} - tagged:
+        raise ValueError(f"{chapter.file}: no cell has the tag {sorted(missing)}")
+    for cell in notebook.cells:
+        _write(cell, chapter)
+    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "default"}
+    os.environ.update(environment)  # the stored run is the one every machine can repeat: without a GPU
+    client = NotebookClient(
+        notebook, timeout=300, kernel_name="python3", coalesce_streams=True, store_widget_state=True,
+        resources={"metadata": {"path": str(chapter.notebook.parent)}},
+    )  # fmt: skip
+    client.execute()
+    add_stills(notebook)
+    _normalise(notebook)
+    return _renumber(nbformat.writes(notebook, version=4) + "\n", notebook)
+
+
+def _write(cell: Any, chapter: Chapter) -> None:
+    """The parts of a cell that this tool owns."""
+    tags = cell.metadata.get("tags", [])
+    if "setup" in tags:
+        cell.source = SETUP.format(address=repository(chapter.root))
+    if "badge" in tags:
+        cell.source = f"[![Open in Colab](../../book/_static/colab.svg)]({colab_link(chapter)})"
+    if "solution" in tags:  # folded in JupyterLab and on Colab, as the page folds it by `hide-cell`
+        cell.metadata["jupyter"] = {"source_hidden": True}
+        cell.metadata["cellView"] = "form"
+    if cell.cell_type == "code" and (text := verbatim(cell.source)) is not None:
+        cell.source = text
+
+
+def _normalise(notebook: Any) -> None:
+    widgets = notebook.metadata.get("widgets")
+    notebook.metadata = nbformat.from_dict({
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        **({"widgets": widgets} if widgets else {}),
+    })  # fmt: skip
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({
+            key: value for key, value in sorted(cell.metadata.items())
+            if key in {"tags", "mystnb", "jupyter", "cellView"}
+        })  # fmt: skip
+
+
+def _renumber(text: str, notebook: Any) -> str:
+    """Widget ids are random; number them in order of creation, so that the same run is the same file."""
+    saved = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
+    numbers = {model: f"{i:032x}" for i, model in enumerate(saved.get("state", {}))}
+    if not numbers:
+        return text
+    return re.sub("|".join(numbers), lambda found: numbers[found.group()], text)
+
+
+def comparable(text: str) -> str:
+    """A notebook's text without the bytes of its PNGs, which differ with fonts, and without what nbval ignores."""
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if "nbval-ignore-output" in cell["metadata"].get("tags", []):
+            cell["outputs"] = []
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output["data"]["image/png"] = "present"
+    return json.dumps(notebook, indent=1, ensure_ascii=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.refresh", description=__doc__)
+    parser.add_argument("notebooks", nargs="*", type=Path)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a notebook is stale")
+    chosen = parser.parse_args(arguments)
+    # A notebook may be refreshed before `_toc.yml` lists it.
+    wanted = [Chapter(path.resolve().parent.name, path.stem) for path in chosen.notebooks] or chapters()
+    failed = 0
+    for chapter in wanted:
+        before = chapter.notebook.read_text()
+        try:
+            after = refresh(chapter)
+        except (CellExecutionError, ValueError) as error:
+            print(f"{chapter.file}: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        if not chosen.check:
+            chapter.notebook.write_text(after)
+            print(f"{chapter.file}: {'unchanged' if before == after else 'refreshed'}")
+        elif comparable(before) != comparable(after):
+            lines = difflib.unified_diff(comparable(before).splitlines(), comparable(after).splitlines(), "stored", "now", lineterm="", n=0)
+            print(f"{chapter.file}: stale; run `make notebooks`", *[line[:300] for line in list(lines)[:40]], sep="\n", file=sys.stderr)
+            failed += 1
+        else:
+            print(f"{chapter.file}: fresh")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
