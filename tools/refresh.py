@@ -22,6 +22,7 @@ from tools.chapters import Chapter, chapters, colab_link, repository
 from tools.stills import add_stills
 from tools.verbatim import verbatim
 
+STATE = "application/vnd.jupyter.widget-state+json"
 SETUP = """\
 # Does nothing where llmbook is installed; on Colab it installs it,
 # and touches none of the packages that Colab brings.
@@ -59,7 +60,7 @@ def refresh(chapter: Chapter) -> str:
     client.execute()
     add_stills(notebook)
     _normalise(notebook)
-    return _renumber(nbformat.writes(notebook, version=4) + "\n", notebook)
+    return nbformat.writes(_renumber(notebook), version=4) + "\n"
 
 
 def _write(cell: Any, chapter: Chapter) -> None:
@@ -78,6 +79,12 @@ def _write(cell: Any, chapter: Chapter) -> None:
 
 def _normalise(notebook: Any) -> None:
     widgets = notebook.metadata.get("widgets")
+    for model in widgets[STATE]["state"].values() if widgets else ():
+        # None and [] are every widget's own defaults, a third of the file; but "nothing selected" is not one of them.
+        model["state"] = {
+            key: value for key, value in model["state"].items()
+            if key in {"index", "selected_index"} or (value is not None and value != [])
+        }  # fmt: skip
     notebook.metadata = nbformat.from_dict({
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -90,13 +97,14 @@ def _normalise(notebook: Any) -> None:
         })  # fmt: skip
 
 
-def _renumber(text: str, notebook: Any) -> str:
+def _renumber(notebook: Any) -> Any:
     """Widget ids are random; number them in order of creation, so that the same run is the same file."""
-    saved = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
+    saved = notebook.metadata.get("widgets", {}).get(STATE, {})
     numbers = {model: f"{i:032x}" for i, model in enumerate(saved.get("state", {}))}
     if not numbers:
-        return text
-    return re.sub("|".join(numbers), lambda found: numbers[found.group()], text)
+        return notebook
+    text = re.sub("|".join(numbers), lambda found: numbers[found.group()], json.dumps(notebook))
+    return nbformat.reads(text, as_version=4)
 
 
 def comparable(text: str) -> str:

@@ -39,6 +39,7 @@ def _visible(state: dict[str, Any], model: str) -> str | None:
 
 def to_png(markup: str) -> str:
     """A PNG of the SVG on white, base64. matplotlib's own fonts make it the same on every machine."""
+    markup = re.sub(r' style="width:100%[^"]*"', "", markup, count=1)  # the page's size, not the picture's
     markup = markup.replace("currentColor", "#1f2328").replace("&nbsp;", "&#160;")
     if "xmlns=" not in markup:
         markup = markup.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)

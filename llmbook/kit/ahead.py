@@ -52,8 +52,9 @@ def _compile(build: Any, sm: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = build.constants(sm)
     signature = {
-        name: "constexpr" if name in build.constants else build.signature[name] for name in build.kernel.arg_names
+        name: "constexpr" if name in constants else build.signature[name] for name in build.kernel.arg_names
     }
     # Triton specialises pointers and sizes that are multiples of 16; assume so, as real tensors are.
     aligned = {
@@ -61,12 +62,12 @@ def _compile(build: Any, sm: int) -> dict[str, Any]:
         for i, name in enumerate(build.kernel.arg_names)
         if signature[name].startswith("*")
     }
-    source = ASTSource(build.kernel, signature, build.constants, aligned)
+    source = ASTSource(build.kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=build.options)
     registers, spills = _resources(compiled.asm["cubin"])
     found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
     return {
-        "kernel": build.kernel.__name__, "constants": dict(build.constants), "sm": sm,
+        "kernel": build.kernel.__name__, "constants": constants, "sm": sm,
         "shared": compiled.metadata.shared, "limit": SHARED_PER_BLOCK[sm], "registers": registers, "spills": spills,
         "tensor_core": found[0] if found else "",
     }  # fmt: skip

@@ -4,8 +4,10 @@ Coordinates are pixels, y points down, and text is never smaller than 12 px at t
 """
 
 import html
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import svg
@@ -30,11 +32,10 @@ def text(
 ) -> Elements:  # fmt: skip
     """One line of text whose baseline starts (or is centred, or ends) at x, y."""
     return [svg.Text(
-        x=_n(x), y=_n(y), text=html.escape(words), fill=color, font_size=None if size == 13 else size,
+        x=_n(x), y=_n(y), text=html.escape(words, quote=False), fill=None if color == "currentColor" else color, font_size=None if size == 13 else size,
         text_anchor=None if anchor == "start" else anchor,  # type: ignore[arg-type]
         font_weight="bold" if bold else None, font_family=MONO if mono else None,
         opacity=None if opacity == 1 else opacity,
-        style="white-space:pre" if mono else None,
     )]  # fmt: skip
 
 
@@ -79,14 +80,27 @@ def matrix(
 ) -> Elements:  # fmt: skip
     """A matrix as tiles. `fill(row, column)` gives a tile's colour and opacity; `values` are written inside."""
     shapes = text(x, y - 7, label, bold=True) if label else []
+    # One dashed stroke per run of equal tiles, one path per look: a stepper has hundreds of pictures.
+    looks: dict[tuple[str, float], list[str]] = defaultdict(list)
+    side = _n(cell - 2)
     for r in range(rows):
-        for c in range(columns):
+        start = 0
+        for look, run in itertools.groupby(fill(r, c) for c in range(columns)):
+            length = len(list(run))
+            looks[look].append(f"M{_n(x + start * cell)} {_n(y + r * cell + side / 2)}h{_n(length * cell - 2)}")
+            start += length
+    for (color, opacity), runs in looks.items():
+        faint = None if opacity == 1 else round(opacity, 2)
+        shapes.append(svg.Path(
+            stroke=color, stroke_width=side, stroke_dasharray=[side, 2], stroke_opacity=faint,
+            extra={"d": "".join(runs)},
+        ))  # fmt: skip
+    for r, row in enumerate(values or ()):
+        for c, value in enumerate(row):
             color, opacity = fill(r, c)
-            inside = "" if values is None else str(values[r][c])
-            size = 12 if cell < 34 else 13
-            shapes += box(
-                x + c * cell, y + r * cell, cell - 2, cell - 2, color, inside, opacity=opacity, size=size
-            )
+            ink = text_on(color) if opacity > 0.6 else "currentColor"
+            middle = (x + c * cell + side / 2, y + r * cell + side / 2 + 4.5)
+            shapes += text(*middle, str(value), size=12, anchor="middle", color=ink)
     return shapes
 
 
@@ -163,7 +177,7 @@ def timeline(
             if span.label and wide >= 7.2 * len(span.label) + 1:
                 at = left + span.start * scale + (wide - 1) / 2
                 labels.append(svg.Text(
-                    x=_n(at), y=_n(y + span.lane * lane_height + tall / 2 + 4), text=html.escape(span.label)
+                    x=_n(at), y=_n(y + span.lane * lane_height + tall / 2 + 4), text=html.escape(span.label, quote=False)
                 ))  # fmt: skip
         if labels:
             middle = {"text-anchor": "middle", "font-size": "12"}
@@ -197,20 +211,22 @@ def ring(
 
 
 def source(
-    x: float, y: float, width: float, lines: Sequence[str], lit: int | None, *, step: float = 18
+    x: float, y: float, width: float, lines: Sequence[str], lit: Collection[int], *, step: float = 18
 ) -> Elements:
-    """Lines of code; the one with index `lit` stands on a coloured band."""
-    shapes: Elements = []
-    if lit is not None:
-        shapes.append(svg.Rect(
-            x=_n(x), y=_n(y + lit * step), width=_n(width), height=_n(step), rx=3, fill=COLORS["S"],
-            fill_opacity=0.45,
-        ))  # fmt: skip
-    rows: Elements = [
-        svg.Text(x=_n(x + 6), y=_n(y + i * step + step * 0.72), text=html.escape(words), style="white-space:pre")
-        for i, words in enumerate(lines)
-        if words.strip()
-    ]
+    """Lines of code; those whose index is in `lit` stand on a coloured band, the last of them on a stronger one."""
+    shapes: Elements = [
+        svg.Rect(
+            x=_n(x), y=_n(y + i * step), width=_n(width), height=_n(step), fill=COLORS["S"],
+            fill_opacity=0.6 if i == max(lit) else 0.25,
+        )
+        for i in sorted(lit)
+    ]  # fmt: skip
+    rows: Elements = []
+    for i, words in enumerate(lines):
+        indent = len(words) - len(words.lstrip())  # by position: browsers drop leading spaces in SVG text
+        if words.strip():
+            at = {"x": _n(x + 6 + indent * 7.2), "y": _n(y + i * step + step * 0.72)}
+            rows.append(svg.Text(**at, text=html.escape(words.strip(), quote=False)))
     return [*shapes, svg.G(elements=rows, extra={"font-family": MONO, "font-size": "12"})]
 
 

@@ -15,29 +15,31 @@ def expect(condition: Any, message: str) -> None:
         raise Wrong(message)
 
 
-def exercise(checker: Callable[[Any], str]) -> Callable[[Any], bool]:
-    """Make `checker(answer)` safe to run in any state of the reader's work.
+class Exercise:
+    """A checker that is safe to call in any state of the reader's work.
 
-    The checker raises `Wrong` (through `expect`) for a wrong answer and returns a sentence for a right one. The
-    decorated checker prints one line and returns whether the answer is right: an answer left as `...` is "not
-    attempted yet", and an answer that raises is reported with what it raised, not with a traceback into the book.
+    Wraps `checker(answer)`, which raises `Wrong` (through `expect`) for a wrong answer and returns a sentence for a
+    right one. An answer left as `...` is "not attempted yet", and an answer that raises is reported with what it
+    raised, not with a traceback into the book.
     """
 
-    @functools.wraps(checker)
-    def check(answer: Any) -> bool:
-        name = checker.__name__.replace("_", " ")
-        if answer is ...:
-            print(f"○ {name}: not attempted yet. Replace the ... and run the cell again.")
-            return False
-        try:
-            praise = checker(answer)
-        except Wrong as wrong:
-            print(f"✗ {name}: {wrong}")
-            return False
-        except Exception as error:
-            print(f"✗ {name}: your answer raised {type(error).__name__}: {error}")
-            return False
-        print(f"✓ {name}: {praise}")
-        return True
+    def __init__(self, checker: Callable[[Any], str]) -> None:
+        functools.update_wrapper(self, checker)
+        self.checker, self.name = checker, checker.__name__.replace("_", " ")
 
-    return check
+    def verdict(self, answer: Any) -> tuple[bool, str]:
+        """Whether the answer is right, and the sentence for the reader."""
+        if answer is ...:
+            return False, f"○ {self.name}: not attempted yet. Replace the ... and run the cell again."
+        try:
+            return True, f"✓ {self.name}: {self.checker(answer)}"
+        except Wrong as wrong:
+            return False, f"✗ {self.name}: {wrong}"
+        except Exception as error:
+            return False, f"✗ {self.name}: your answer raised {type(error).__name__}: {error}"
+
+    def __call__(self, answer: Any) -> None:
+        print(self.verdict(answer)[1])
+
+
+exercise = Exercise

@@ -140,11 +140,12 @@ def _in_browser(pictures: dict[tuple, str], choices: dict[str, Choice], start: d
             shared[name], widget = _control(name, _values(name, choice, {}), start)
             shown.append(widget)
 
-    layout, style = widgets.Layout(width="100%"), widgets.HTMLStyle()  # shared: one each, not one per picture
+    # One layout and one style for all pictures: they are part of the saved page.
+    layout, look = widgets.Layout(width="100%"), widgets.HTML().style
 
     def build(chosen: dict[str, Any], names: list[str]) -> Any:
         if not names:
-            return widgets.HTML(pictures[tuple(chosen.values())], layout=layout, style=style)
+            return widgets.HTML(pictures[tuple(chosen.values())], layout=layout, style=look)
         name, *rest = names
         values = _values(name, choices[name], chosen)
         stack = widgets.Stack([build({**chosen, name: value}, rest) for value in values])

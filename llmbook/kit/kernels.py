@@ -5,12 +5,15 @@ imported. A process that interprets cannot compile; `llmbook.kit.ahead` therefor
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton 3.10 will stop fusing multiply and add unless asked to; the book's kernels are written for fusion.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 import triton.language as tl
@@ -18,7 +21,7 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
-__all__ = ["DEVICE", "INTERPRETED", "Build", "need_same_device", "tl", "triton"]
+__all__ = ["DEVICE", "INTERPRETED", "Build", "capability", "need_same_device", "tl", "triton"]
 
 
 class Build:
@@ -27,16 +30,24 @@ class Build:
     Args:
         kernel: the `@triton.jit` function.
         signature: argument name → Triton type ("*fp16", "i32", "fp32"); constants are left out.
-        constants: `tl.constexpr` name → value.
+        constants: `tl.constexpr` name → value, for the compute capability it is given (75, 80, …), as launchers do.
         num_warps, num_stages: launch options, as the launcher chooses them.
     """
 
     def __init__(
-        self, kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, num_warps: int = 4,
-        num_stages: int = 2,
+        self, kernel: Any, signature: dict[str, str], constants: Callable[[int], dict[str, Any]], *,
+        num_warps: int = 4, num_stages: int = 2,
     ) -> None:  # fmt: skip
         self.kernel, self.signature, self.constants = kernel, signature, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def capability() -> int:
+    """Compute capability × 10 of the GPU that kernels run on; 80 stands for the interpreter, which has none."""
+    if DEVICE.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def need_same_device(**tensors: torch.Tensor) -> None:

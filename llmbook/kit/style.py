@@ -31,8 +31,8 @@ RANKS = [BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, YELLOW, GREY]
 
 # matplotlib wants a real colour; this one stands for "the page's own ink" and is replaced in the SVG.
 INK = "#010203"
-FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
-MONO = "ui-monospace, 'SFMono-Regular', Menlo, 'DejaVu Sans Mono', monospace"
+FONT = "system-ui, -apple-system, Segoe UI, DejaVu Sans, sans-serif"
+MONO = "ui-monospace, SFMono-Regular, Menlo, DejaVu Sans Mono, monospace"
 
 
 def rank_color(rank: int) -> str:
@@ -93,9 +93,11 @@ def to_svg(figure: Any, label: str) -> str:
             f"a figure must be a svg.SVG or a matplotlib Figure, but draw returned {type(figure).__name__}"
         )
     # On a phone a wide picture scrolls sideways before its text becomes too small to read.
-    size = f"width:100%;max-width:{width:.0f}px;min-width:{min(width, 520):.0f}px;height:auto"
+    size = f"width:100%;max-width:{width:.0f}px;min-width:{0.85 * width if width > 400 else width:.0f}px;height:auto"
     attributes = f'role="img" aria-label="{html.escape(label)}" style="{size}"'
-    return markup.replace("<svg", f"<svg {attributes}", 1)
+    markup = markup.replace("<svg", f"<svg {attributes}", 1)
+    # Saved pages keep pictures inside JSON, where each double quote costs two bytes.
+    return re.sub(r"<[^>]*>", lambda tag: tag.group() if "'" in tag.group() else tag.group().replace('"', "'"), markup)
 
 
 def _from_matplotlib(figure: Figure) -> str:
@@ -104,9 +106,11 @@ def _from_matplotlib(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     markup = buffer.getvalue()
     markup = markup[markup.index("<svg") :]
-    markup = re.sub(r"\s*<metadata>.*?</metadata>", "", markup, flags=re.S)
+    # matplotlib's style rule is for "*", the page included; its ids of groups would stand there many times.
+    markup = re.sub(r"\s*<metadata>.*?</metadata>|<style.*?</style>", "", markup, flags=re.S)
+    markup = re.sub(r'<g id="[^"]*"', "<g", markup)
     markup = re.sub(r"(?m)^\s+|<!--.*?-->", "", markup)
     markup = re.sub(r"(\d\.\d{2})\d+", r"\1", markup)
     # Units of pt would fight with the CSS size; the viewBox alone gives the shape.
-    markup = re.sub(r'(<svg[^>]*?) height="[^"]*"| width="[\d.]+pt"', r"\1", markup, count=2)
+    markup = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", markup, count=1)
     return markup.replace(INK, "currentColor").strip()

@@ -34,23 +34,33 @@ def block_sizes(M: int, d: int) -> tuple[int, int]:
     raise ValueError(f"M = {M} elements of SRAM are too few for d = {d}: one row needs {sram_peak(1, 1, d)}")
 
 
-def standard_attention(Q: Tensor, K: Tensor, V: Tensor, mem: Memory) -> Tensor:
-    """softmax(QKᵀ/√d)V as three kernels, each reading its inputs from HBM and writing its output there.
+def standard_attention(Q: Tensor, K: Tensor, V: Tensor, mem: Memory, Br: int) -> Tensor:
+    """softmax(QKᵀ/√d)V as three kernels, each from HBM to HBM, `Br` rows at a time. All of Q, K, V: [N, d].
 
-    Args:
-        Q, K, V: [N, d].
-        mem: counts elements; S and P are N × N and never fit into SRAM, so nothing is held.
+    S and P, [N, N], are written whole and read back. Returns O [N, d].
     """
     N, d = Q.shape
-    mem.reads += Q.numel() + K.numel()
-    S = Q @ K.T / d**0.5
-    mem.writes += S.numel()
-    mem.reads += S.numel()
-    P = S.softmax(dim=1)
-    mem.writes += P.numel()
-    mem.reads += P.numel() + V.numel()
-    O = P @ V  # noqa: E741
-    mem.writes += O.numel()
+    S, P = Q.new_empty(N, N), Q.new_empty(N, N)
+    O = Q.new_empty(N, d)
+    Kall = mem.load("K", K, 0, N)
+    for i in range(0, N, Br):
+        Qi = mem.load("Q", Q, i, Br)
+        Si = mem.hold("S", Qi @ Kall.T / d**0.5)
+        mem.store(S, i, Si)
+        mem.free("Q", "S")
+    mem.free("K")
+    for i in range(0, N, Br):
+        Si = mem.load("S", S, i, Br)
+        Pi = mem.hold("P", Si.softmax(1), over="S")
+        mem.store(P, i, Pi)
+        mem.free("P")
+    Vall = mem.load("V", V, 0, N)
+    for i in range(0, N, Br):
+        Pi = mem.load("P", P, i, Br)
+        Oi = mem.hold("O", Pi @ Vall)
+        mem.store(O, i, Oi)
+        mem.free("P", "O")
+    mem.free("V")
     return O
 
 
@@ -63,7 +73,7 @@ def flash_attention(
         O [N, d], and per row l (sum of exponentials) and m (maximum), [N, 1].
     """
     N, d = Q.shape
-    O = mem.new(N, d, like=Q)  # noqa: E741
+    O = mem.new(N, d, like=Q)
     l = mem.new(N, 1, like=Q)
     m = mem.new(N, 1, like=Q, fill=-inf)
     for j in range(0, N, Bc):
@@ -87,7 +97,7 @@ def flash_attention(
             mem.store(O, i, Oi)
             mem.store(l, i, ln)
             mem.store(m, i, mn)
-            mem.free("P", "O", "a", "b", "l", "l~", "m_new", "l_new")
+            mem.free_all_but("K", "V")
         mem.free("K", "V")
     return O, l, m
 

@@ -50,7 +50,7 @@ class Memory:
         """
         if over is not None:
             if self._size(over) < tile.numel():
-                raise SramError(f"{name} ({tile.numel()}) is larger than {over} ({self.live[over]}), so it cannot replace it")
+                raise SramError(f"{name} ({tile.numel()}) is larger than {over} ({self.live[over]}) and cannot replace it")
             del self.live[over]
         if name in self.live:
             raise SramError(f"{name} is already in SRAM: free it before loading the next one")
@@ -73,6 +73,10 @@ class Memory:
         for name in names:
             self._size(name)
             del self.live[name]
+
+    def free_all_but(self, *names: str) -> None:
+        """Give back every tile's room but that of these."""
+        self.free(*(name for name in list(self.live) if name not in names))
 
     def _size(self, name: str) -> int:
         if name not in self.live:

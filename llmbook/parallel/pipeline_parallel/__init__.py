@@ -1,1 +1,1 @@
-"""Pipeline parallelism: schedules as data, one simulator, and one runtime that executes the same schedules."""
+"""Pipeline parallelism: schedules as data, one simulator, one runtime that executes the same schedules."""

@@ -1,11 +1,12 @@
 """Pipeline schedules as data: each rank's list of operations, and which rank holds which stage.
 
-A *stage* is a run of consecutive layers; a *rank* (a process, a GPU) holds one stage, or several (then they are called
-chunks). The batch is cut into micro-batches. A schedule says in which order each rank works, and nothing about time:
-the simulator adds costs to it, the runtime adds tensors.
+A *stage* is a run of consecutive layers; a *rank* (a process, a GPU) holds one stage, or several (then they
+are called chunks). The batch is cut into micro-batches. A schedule says in which order each rank works, and
+nothing about time: the simulator adds costs to it, the runtime adds tensors.
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 
@@ -16,8 +17,9 @@ class ScheduleError(ValueError):
 class Op(NamedTuple):
     """One piece of work: what, on which stage, for which micro-batch.
 
-    Kinds: F forward, B whole backward, R the forward once more (recomputation); B may be split into I (gradient of
-    the stage's input) and W (gradient of its weights), which together replace it.
+    Kinds: F forward, B whole backward, R the forward once more
+    (recomputation). B may be split into I (gradient of the stage's input)
+    and W (gradient of its weights), which together replace it.
     """
 
     kind: str
@@ -38,7 +40,8 @@ class Schedule:
         placement: for each stage, the rank that holds it.
 
     Raises:
-        ScheduleError: an operation is missing, doubled, or on a rank that does not hold its stage.
+        ScheduleError: an operation is missing, doubled, or on a rank that
+            does not hold its stage.
     """
 
     name: str
@@ -58,39 +61,45 @@ class Schedule:
 
     @property
     def chunks(self) -> int:
-        """Stages per rank: a stage's layers are 1/chunks of its rank's."""
+        """Stages per rank: a stage has 1/chunks of its rank's layers."""
         return max(1, self.stages // self.ranks)
 
     @property
     def micros(self) -> int:
-        return 1 + max((op.micro for ops in self.ops for op in ops), default=-1)
+        return 1 + max((op.micro for mine in self.ops for op in mine), default=-1)
 
     @property
     def recompute(self) -> bool:
         """Whether a forward drops its activations and an R brings them back."""
-        return any(op.kind == "R" for ops in self.ops for op in ops)
+        return any(op.kind == "R" for mine in self.ops for op in mine)
 
 
 def naive(ranks: int) -> Schedule:
-    """Model parallelism without micro-batches: the whole batch goes through the stages, one after the other."""
+    """Model parallelism: the undivided batch goes through stage after stage."""
     return replace(gpipe(ranks, 1), name="naive")
 
 
 def gpipe(ranks: int, micros: int) -> Schedule:
-    """All forwards, then all backwards (Huang et al. 2019, figure 2c, with micro-batches in ascending order)."""
-    _positive(ranks=ranks, micros=micros)
+    """All forwards, then all backwards (Huang et al. 2019, figure 2c).
+
+    Backwards come in ascending order here, as in torch; the paper's figure
+    has them descending, with the same bubble.
+    """
+    positive(ranks=ranks, micros=micros)
     ops = tuple(
-        tuple(Op(kind, rank, micro) for kind in "FB" for micro in range(micros)) for rank in range(ranks)
-    )
+        tuple(Op(kind, rank, micro) for kind in "FB" for micro in range(micros))
+        for rank in range(ranks)
+    )  # fmt: skip
     return Schedule("GPipe", ops, tuple(range(ranks)))
 
 
 def one_f_one_b(ranks: int, micros: int) -> Schedule:
-    """Forward just often enough to fill the pipeline, then one forward, one backward in turn, then drain.
+    """Fill the pipeline, then one forward, one backward in turn, then drain.
 
-    PipeDream-Flush (Narayanan et al. 2021, figure 4, top): PipeDream's order inside one batch, with a flush after it.
+    This is PipeDream-Flush (Narayanan et al. 2021, figure 4, top):
+    PipeDream's order within one batch, and a flush at its end.
     """
-    _positive(ranks=ranks, micros=micros)
+    positive(ranks=ranks, micros=micros)
     ops = []
     for rank in range(ranks):
         warmup = min(ranks - 1 - rank, micros)
@@ -103,53 +112,65 @@ def one_f_one_b(ranks: int, micros: int) -> Schedule:
     return Schedule("1F1B", tuple(ops), tuple(range(ranks)))
 
 
-def interleaved(ranks: int, micros: int, chunks: int = 2) -> Schedule:
-    """1F1B with several smaller stages on each rank: stage s lives on rank s mod `ranks` (Narayanan et al. 2021, 2.2).
+def nth(kind: str, n: int, ranks: int, chunks: int, rank: int) -> Op:
+    """A rank's n-th forward (or backward, from the last chunk down)."""
+    group, within = divmod(n, ranks * chunks)
+    chunk, member = divmod(within, ranks)
+    if kind == "B":
+        chunk = chunks - 1 - chunk
+    return Op(kind, chunk * ranks + rank, group * ranks + member)
 
-    The order is Megatron's: micro-batches pass in groups of `ranks` through one chunk after the other.
+
+def interleaved(ranks: int, micros: int, chunks: int = 2) -> Schedule:
+    """1F1B with several small stages per rank: stage s is on rank s mod ranks.
+
+    The order is Megatron's (Narayanan et al. 2021, 2.2): micro-batches pass
+    in groups of `ranks` through one chunk after the other.
 
     Raises:
-        ValueError: `micros` is not divisible by `ranks`, or `chunks` is below 2.
+        ValueError: `ranks` does not divide `micros`, or `chunks` is below 2.
     """
-    _positive(ranks=ranks, micros=micros)
+    positive(ranks=ranks, micros=micros)
     if micros % ranks:
-        raise ValueError(f"interleaving needs micro-batches in groups of {ranks}, one per rank; {micros} do not divide")
+        raise ValueError(
+            f"micro-batches pass in groups of {ranks}, one per rank; "
+            f"{micros} do not divide into such groups"
+        )  # fmt: skip
     if chunks < 2:
-        raise ValueError(f"interleaving needs at least 2 chunks per rank, not {chunks}; with one, use one_f_one_b")
-    group, each = ranks * chunks, micros * chunks
-
-    def nth(kind: str, rank: int, n: int) -> Op:
-        """The n-th forward (or backward) of a rank: which chunk, and which micro-batch."""
-        chunk = n % group // ranks
-        micro = n // group * ranks + n % ranks
-        return Op(kind, rank + ranks * (chunk if kind == "F" else chunks - 1 - chunk), micro)
-
-    ops = []
+        raise ValueError(f"interleaving needs 2 chunks or more, not {chunks}")
+    ops, each = [], micros * chunks
     for rank in range(ranks):
         warmup = min((ranks - 1 - rank) * 2 + (chunks - 1) * ranks, each)
-        mine = [nth("F", rank, n) for n in range(warmup)]
+        mine = [nth("F", n, ranks, chunks, rank) for n in range(warmup)]
         for n in range(each):
             if warmup + n < each:
-                mine.append(nth("F", rank, warmup + n))
-            mine.append(nth("B", rank, n))
+                mine.append(nth("F", warmup + n, ranks, chunks, rank))
+            mine.append(nth("B", n, ranks, chunks, rank))
         ops.append(tuple(mine))
-    return Schedule(f"interleaved 1F1B, {chunks} chunks", tuple(ops), tuple(range(ranks)) * chunks)
+    placement = tuple(range(ranks)) * chunks
+    return Schedule(f"interleaved 1F1B, {chunks} chunks", tuple(ops), placement)
 
 
 def with_recompute(schedule: Schedule) -> Schedule:
-    """The same schedule, keeping only each stage's input: an R goes before every backward and brings the rest back.
+    """The same order, keeping only stage inputs: R before each backward.
 
-    R needs no gradient, so it can run while the gradient is still on its way (Huang et al. 2019, section 2.3).
+    R needs no gradient, so it can run while the gradient is still on its
+    way (Huang et al. 2019, 2.3).
     """
-    ops = tuple(
-        tuple(new for op in mine for new in ([Op("R", op.stage, op.micro), op] if op.kind in "BI" else [op]))
-        for mine in schedule.ops
-    )
-    return replace(schedule, name=f"{schedule.name}, recomputing", ops=ops)
+    ops = []
+    for mine in schedule.ops:
+        new: list[Op] = []
+        for op in mine:
+            if op.kind in "BI":
+                new.append(Op("R", op.stage, op.micro))
+            new.append(op)
+        ops.append(tuple(new))
+    name = f"{schedule.name}, recomputing"
+    return replace(schedule, name=name, ops=tuple(ops))
 
 
 def needs(op: Op, last: int, recompute: bool = False) -> list[tuple[str, int, int]]:
-    """What must be done before `op` may start; `last` is the last stage, "I" stands for a B too (both give it)."""
+    """What must be done before `op` may start; `last` is the last stage, "I" stands for B too."""
     kind, stage, micro = op
     if kind == "F":
         return [("F", stage - 1, micro)] if stage else []
@@ -173,36 +194,38 @@ def crossings(schedule: Schedule) -> list[tuple[Op, int]]:
 
 
 def check_complete(schedule: Schedule) -> None:
-    """Every stage sees every micro-batch exactly once forward and once backward, on the rank that holds the stage.
+    """Every stage sees every micro-batch once forward and once backward, on the rank that holds the stage.
 
     Raises:
         ScheduleError: names the first operation that is doubled, misplaced or missing.
     """
-    seen: set[tuple[str, int, int]] = set()
+    seen: dict[str, set[tuple[str, int, int]]] = {kind: set() for kind in "FRBIW"}
     for rank, mine in enumerate(schedule.ops):
         for op in mine:
-            if op.kind not in ("F", "B", "R", "I", "W"):
-                raise ScheduleError(f"rank {rank} has {op}; kinds are F, B, R, I and W")
+            if op.kind not in seen:
+                raise ScheduleError(f"rank {rank} has {op}; kinds are F, R, B, I and W")
             if not 0 <= op.stage < schedule.stages or schedule.placement[op.stage] != rank:
                 raise ScheduleError(f"rank {rank} has {op}, a stage that it does not hold")
-            if op in seen or (op.kind == "B" and ("I", *op[1:]) in seen):
+            if op in seen[op.kind]:
                 raise ScheduleError(f"rank {rank} has {op} twice")
-            seen.add(op)
-            if op.kind == "B":  # a whole backward is both of its halves
-                seen.update((("I", *op[1:]), ("W", *op[1:])))
-    again = ("R",) if any(kind == "R" for kind, _, _ in seen) else ()
-    wanted = len(schedule.placement) * schedule.micros * (3 + len(again))
-    if sum(kind != "B" for kind, _, _ in seen) == wanted:
+            seen[op.kind].add(op)
+    for _, *where in sorted(seen["I"] | seen["W"]):
+        if ("B", *where) in seen["B"]:
+            raise ScheduleError(f"{Op('B', *where)} is there whole and split")
+    count = {kind: len(ops) for kind, ops in seen.items()}
+    every = schedule.stages * schedule.micros
+    split = count["I"] == count["W"] == every - count["B"]
+    if count["F"] == every and split and count["R"] in (0, every):
         return
-    for stage, rank in enumerate(schedule.placement):
-        for micro in range(schedule.micros):
-            for kind in ("F", *again, "I", "W"):
-                if (kind, stage, micro) not in seen:
-                    lost = Op(kind if kind in "FR" or ("I", stage, micro) in seen else "B", stage, micro)
-                    raise ScheduleError(f"rank {rank} never does {lost}")
+    for stage, micro in product(range(schedule.stages), range(schedule.micros)):
+        whole = ("B", stage, micro) in seen["B"] or not seen["I"]
+        for kind in ("F", *"R" * bool(seen["R"]), *("B" if whole else "IW")):
+            if (kind, stage, micro) not in seen[kind]:
+                rank, lost = schedule.placement[stage], Op(kind, stage, micro)
+                raise ScheduleError(f"rank {rank} never does {lost}")
 
 
-def _positive(**counts: int) -> None:
+def positive(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")

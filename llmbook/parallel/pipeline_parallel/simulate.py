@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from .schedules import Op, Schedule, ScheduleError, gpipe, interleaved, needs, one_f_one_b
 
+Cost = Mapping[str, float]
+Key = tuple[str, int, int]
+
 
 class Span(NamedTuple):
     """An operation on its rank, from when to when."""
@@ -50,48 +53,50 @@ class Timeline:
         return self.bubble / self.ideal if self.ideal else 0.0
 
 
-def simulate(schedule: Schedule, cost: Mapping[str, float], latency: float = 0.0) -> Timeline:
-    """Run the schedule on ranks that work in order and start an operation as soon as its inputs are there.
+def simulate(schedule: Schedule, cost: Cost, latency: float = 0) -> Timeline:
+    """Run the schedule: each rank in its order, each op when its inputs are in.
 
     Args:
-        cost: kind → time for one micro-batch through all layers of one rank; a chunk's operation takes its share
-            of it, so that schedules with different chunks do the same work. Missing R costs what F costs.
-        latency: time a message travels between two ranks. Sending does not keep the sender from working.
+        cost: kind → time of one micro-batch through all layers of a rank; an
+            op on one of several chunks takes its share. R defaults to F.
+        latency: of a message between ranks; sending does not stop the sender.
 
     Raises:
-        ScheduleError: ranks wait for each other forever; names each stuck operation and what it waits for.
+        ScheduleError: ranks wait for each other forever; names their ops.
     """
-    took = {kind: cost.get(kind, cost["F"] if kind == "R" else 0.0) / schedule.chunks for kind in "FBRIW"}
-    placement, last, recompute = schedule.placement, schedule.stages - 1, schedule.recompute
-    done: dict[tuple[str, int, int], float] = {}
-    waiting: dict[tuple[str, int, int], int] = {}  # what is missing → the rank that stands still for it
+    took = {kind: cost.get(kind, 0.0) / schedule.chunks for kind in "FBRIW"}
+    took["R"] = cost.get("R", cost["F"]) / schedule.chunks
+    placement, last = schedule.placement, schedule.stages - 1
+    recompute, done = schedule.recompute, dict[Key, float]()
+    waiting: dict[Key, int] = {}  # what is missing → the rank it holds up
     spans: list[list[Span]] = [[] for _ in schedule.ops]
     ready = deque(range(schedule.ranks))
     while ready:
         rank = ready.popleft()
-        mine, so_far = schedule.ops[rank], spans[rank]
-        clock = so_far[-1].end if so_far else 0.0
-        for op in mine[len(so_far) :]:
+        mine, past = schedule.ops[rank], spans[rank]
+        clock = past[-1].end if past else 0.0
+        while len(past) < len(mine):
+            op, absent = mine[len(past)], None
             for key in needs(op, last, recompute):
-                if key not in done:
-                    waiting[key] = rank
-                    break
-                arrived = done[key] + (latency if placement[key[1]] != rank else 0.0)
-                clock = max(clock, arrived)
-            else:
-                start, clock = clock, clock + took[op.kind]
-                so_far.append(Span(op, start, clock))
-                gives = ("I", op.stage, op.micro) if op.kind == "B" else op
-                done[gives] = clock
-                if gives in waiting:
-                    ready.append(waiting.pop(gives))
-                continue
-            break
-    _refuse_deadlock(schedule, spans, waiting)
+                if key in done:
+                    away = latency if placement[key[1]] != rank else 0
+                    clock = max(clock, done[key] + away)
+                else:
+                    absent = key
+            if absent is not None:
+                waiting[absent] = rank
+                break
+            start, clock = clock, clock + took[op.kind]
+            past.append(Span(op, start, clock))
+            gives = ("I", op.stage, op.micro) if op.kind == "B" else op
+            done[gives] = clock
+            if gives in waiting:
+                ready.append(waiting.pop(gives))
+    refuse_deadlock(schedule, spans, waiting)
     return Timeline(schedule, spans)
 
 
-def _refuse_deadlock(schedule: Schedule, spans: list[list[Span]], waiting: Mapping[tuple, int]) -> None:
+def refuse_deadlock(schedule: Schedule, spans: list[list[Span]], waiting: Mapping[tuple, int]) -> None:
     stuck = [
         f"rank {rank} stands before {schedule.ops[rank][len(spans[rank])]} and waits for {_spoken(key)}"
         for key, rank in sorted(waiting.items(), key=lambda item: item[1])
@@ -116,11 +121,12 @@ class Held(NamedTuple):
 def memory(timeline: Timeline) -> list[list[Held]]:
     """What each rank holds after each change, in order of time.
 
-    `full` counts micro-batches whose activations are all there, in units of one micro-batch through all layers of
-    a rank (so a chunk counts 1/chunks). `inputs` counts stage inputs kept for a recomputation. A forward takes
-    memory when it starts, a backward (of the weights, if it is split) gives it back when it ends.
+    `full` counts micro-batches whose activations are all there, in units of one micro-batch through all
+    layers of a rank (so a chunk counts 1/chunks). `inputs` counts stage inputs kept for a recomputation. A
+    forward takes memory when it starts, a backward (of the weights, if it is split) gives it back when it
+    ends.
     """
-    recompute, share = timeline.schedule.recompute, 1 / timeline.schedule.chunks
+    recompute, chunks = timeline.schedule.recompute, timeline.schedule.chunks
     curves = []
     for mine in timeline.spans:
         curve, full, inputs = [Held(0.0, 0.0, 0)], 0, 0
@@ -133,7 +139,7 @@ def memory(timeline: Timeline) -> list[list[Held]]:
                 inputs += 1
             elif kind in "FR":
                 full += 1
-            curve.append(Held(when, full * share, inputs))
+            curve.append(Held(when, full / chunks, inputs))
         curves.append(curve)
     return curves
 

@@ -1,0 +1,56 @@
+# Everything runs in .venv; requirements.txt locks it. `make book` and `make test` are the two to know.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+PORT ?= 8000
+
+.PHONY: book serve lab test notebooks pages bench numbers chapter repository clean
+
+# Building needs no torch: the pages show stored outputs.
+$(VENV)/.book: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install pip==26.3
+	$(PIP) install --constraint requirements.txt --group book
+	touch $@
+
+$(VENV)/.all: $(VENV)/.book
+	$(PIP) install --requirement requirements.txt
+	$(PIP) install --no-deps --editable .
+	touch $@
+
+book: $(VENV)/.book
+	$(PY) -m tools.assets
+	$(VENV)/bin/jupyter-book build . --path-output . -n -W --keep-going -q
+	@echo "The book: $(CURDIR)/_build/html/index.html"
+
+serve: book
+	$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
+lab: $(VENV)/.all
+	$(VENV)/bin/jupyter lab notebooks
+
+test: $(VENV)/.all
+	$(PY) -m tools.check
+
+notebooks: $(VENV)/.all
+	$(PY) -m tools.refresh $(NOTEBOOK)
+	$(PY) -m tools.pages
+
+pages: $(VENV)/.all
+	$(PY) -m tools.pages
+
+bench: $(VENV)/.all
+	$(PY) -m llmbook.bench $(CHAPTER)
+
+numbers: $(VENV)/.all
+	$(PY) -m tools.numbers
+
+chapter: $(VENV)/.all
+	$(PY) -m tools.skeleton "$(PART)" "$(NAME)"
+
+repository: $(VENV)/.book
+	$(PY) -m tools.stamp "$(URL)"
+
+clean:
+	rm -rf _build book/_static/vendor node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
