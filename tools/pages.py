@@ -52,7 +52,7 @@ def hardware() -> str:
         "for itself from sm_80 on. The T4's datasheet prints 300 GB/s; 320 is memory clock × width, and what its product page",
         "prints. The H200's L2 is what the device reports; NVIDIA prints none.\n",
         "## Links\n", "One direction, before protocol overhead.\n", "| link | GB/s | source |", "|---|---|---|",
-    ]  # fmt: skip
+    ]
     lines += [f"| {link.name} | {link.bandwidth:.4g} | [page]({link.source}) |" for link in LINKS]
     return "\n".join(lines) + "\n"
 
@@ -100,7 +100,7 @@ def glossary() -> str:
     lines = [
         NOTE + "# Glossary\n", "English, 中文, and the chapter that introduces the term; a chapter without a link is still to come.\n",
         "| term | 中文 | meaning | chapter |", "|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for entry in entries:
         where = _where(entry["chapter"], known)
         lines.append(f"| {entry['term']} | {entry['zh']} | {_cell(entry['definition'])} | {where} |")
@@ -112,7 +112,7 @@ def reading() -> str:
     lines = [
         NOTE + "# Reading\n", "## The notes' links\n", "In the notes' own order, most of them in Chinese, each with the chapter that covers it.\n",
         "| notes | what it is | chapter |", "|---|---|---|",
-    ]  # fmt: skip
+    ]
     for entry in _data("reading"):
         name = entry["chapter"]
         where = _where(name, known) if name in known else f"{name}: coming"
@@ -134,7 +134,7 @@ def _where(name: str, known: dict[str, Chapter]) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "README.md": readme, "book/hardware.md": hardware, "book/errata.md": errata, "book/glossary.md": glossary,
     "book/reading.md": reading,
-}  # fmt: skip
+}
 
 
 def stale() -> list[Path]:

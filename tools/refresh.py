@@ -56,7 +56,7 @@ def refresh(chapter: Chapter) -> str:
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", coalesce_streams=True, store_widget_state=True,
         resources={"metadata": {"path": str(chapter.notebook.parent)}},
-    )  # fmt: skip
+    )
     client.execute()
     add_stills(notebook)
     _normalise(notebook)
@@ -84,17 +84,17 @@ def _normalise(notebook: Any) -> None:
         model["state"] = {
             key: value for key, value in model["state"].items()
             if key in {"index", "selected_index"} or (value is not None and value != [])
-        }  # fmt: skip
+        }
     notebook.metadata = nbformat.from_dict({
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
         **({"widgets": widgets} if widgets else {}),
-    })  # fmt: skip
+    })
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({
             key: value for key, value in sorted(cell.metadata.items())
             if key in {"tags", "mystnb", "jupyter", "cellView"}
-        })  # fmt: skip
+        })
 
 
 def _renumber(notebook: Any) -> Any:

@@ -50,5 +50,5 @@ def to_png(markup: str) -> str:
             "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf",
             "DejaVuSans-Oblique.ttf",
         )],
-    )  # fmt: skip
+    )
     return base64.b64encode(bytes(png)).decode()

@@ -70,7 +70,7 @@ def _compile(build: Any, sm: int) -> dict[str, Any]:
         "kernel": build.kernel.__name__, "constants": constants, "sm": sm,
         "shared": compiled.metadata.shared, "limit": SHARED_PER_BLOCK[sm], "registers": registers, "spills": spills,
         "tensor_core": found[0] if found else "",
-    }  # fmt: skip
+    }
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

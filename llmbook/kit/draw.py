@@ -23,32 +23,32 @@ def canvas(width: float, height: float, *parts: Iterable[Any]) -> svg.SVG:
         width=_n(width), height=_n(height), viewBox=svg.ViewBoxSpec(0, 0, _n(width), _n(height)),
         extra={"font-family": FONT, "font-size": "13", "fill": "currentColor"},
         elements=[element for part in parts for element in part],
-    )  # fmt: skip
+    )
 
 
 def text(
     x: float, y: float, words: str, *, size: float = 13, anchor: str = "start", color: str = "currentColor",
     bold: bool = False, mono: bool = False, opacity: float = 1,
-) -> Elements:  # fmt: skip
+) -> Elements:
     """One line of text whose baseline starts (or is centred, or ends) at x, y."""
     return [svg.Text(
         x=_n(x), y=_n(y), text=html.escape(words, quote=False), fill=None if color == "currentColor" else color, font_size=None if size == 13 else size,
         text_anchor=None if anchor == "start" else anchor,  # type: ignore[arg-type]
         font_weight="bold" if bold else None, font_family=MONO if mono else None,
         opacity=None if opacity == 1 else opacity,
-    )]  # fmt: skip
+    )]
 
 
 def box(
     x: float, y: float, width: float, height: float, fill: str, label: str = "", *,
     opacity: float = 1, stroke: str | None = None, size: float = 13,
-) -> Elements:  # fmt: skip
+) -> Elements:
     """A filled rectangle with a centred label in black or white, whichever reads better."""
     shape = svg.Rect(
         x=_n(x), y=_n(y), width=_n(max(width, 0)), height=_n(max(height, 0)), rx=2, fill=fill,
         fill_opacity=None if opacity == 1 else opacity, stroke=stroke,
         stroke_width=2 if stroke else None,
-    )  # fmt: skip
+    )
     ink = text_on(fill) if fill.startswith("#") and opacity > 0.6 else "currentColor"
     words = text(x + width / 2, y + height / 2 + size * 0.36, label, size=size, anchor="middle", color=ink)
     return [shape, *(words if label else [])]
@@ -57,12 +57,12 @@ def box(
 def line(
     x1: float, y1: float, x2: float, y2: float, *, color: str = "currentColor", width: float = 1.5,
     dashed: bool = False, arrow: bool = False, opacity: float = 1,
-) -> Elements:  # fmt: skip
+) -> Elements:
     """A straight line, with an arrow head at its end if asked."""
     shapes: Elements = [svg.Line(
         x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), stroke=color, stroke_width=width,
         stroke_dasharray=[5, 4] if dashed else None, opacity=None if opacity == 1 else opacity,
-    )]  # fmt: skip
+    )]
     if arrow:
         angle = math.atan2(y2 - y1, x2 - x1)
         points = [x2, y2]
@@ -70,14 +70,14 @@ def line(
             points += [x2 + 9 * math.cos(angle + side), y2 + 9 * math.sin(angle + side)]
         shapes.append(svg.Polygon(
             points=[_n(p) for p in points], fill=color, opacity=None if opacity == 1 else opacity,
-        ))  # fmt: skip
+        ))
     return shapes
 
 
 def matrix(
     x: float, y: float, rows: int, columns: int, cell: float, fill: Callable[[int, int], tuple[str, float]],
     *, label: str = "", values: Sequence[Sequence[Any]] | None = None,
-) -> Elements:  # fmt: skip
+) -> Elements:
     """A matrix as tiles. `fill(row, column)` gives a tile's colour and opacity; `values` are written inside."""
     shapes = text(x, y - 7, label, bold=True) if label else []
     # One dashed stroke per run of equal tiles, one path per look: a stepper has hundreds of pictures.
@@ -94,7 +94,7 @@ def matrix(
         shapes.append(svg.Path(
             stroke=color, stroke_width=side, stroke_dasharray=[side, 2], stroke_opacity=faint,
             extra={"d": "".join(runs)},
-        ))  # fmt: skip
+        ))
     for r, row in enumerate(values or ()):
         for c, value in enumerate(row):
             color, opacity = fill(r, c)
@@ -122,7 +122,7 @@ def ledger(
     scale = width / capacity if capacity else 0
     shapes: Elements = [svg.Rect(
         x=_n(x), y=_n(y), width=_n(width), height=_n(height), rx=3, fill="none", stroke=GREY, stroke_width=1.5
-    )]  # fmt: skip
+    )]
     at = x
     for bar in bars:
         if bar.amount <= 0:
@@ -149,7 +149,7 @@ class Span(NamedTuple):
 def timeline(
     x: float, y: float, width: float, lane_height: float, spans: Sequence[Span], lanes: Sequence[str],
     *, until: float, gap: float = 3, label_width: float = 64,
-) -> Elements:  # fmt: skip
+) -> Elements:
     """Lanes of work over time. Idle time is what stays empty. `until` is the time at the right edge."""
     scale = (width - label_width) / until if until else 0
     left = x + label_width
@@ -160,7 +160,7 @@ def timeline(
         shapes.append(svg.Rect(
             x=_n(left), y=_n(top), width=_n(width - label_width), height=_n(lane_height - gap), fill=GREY,
             fill_opacity=0.13,
-        ))  # fmt: skip
+        ))
     # One path per kind and one group of labels per colour keep a frame small: timelines have many pieces.
     tall = _n(lane_height - gap)
     for kind in dict.fromkeys(span.kind for span in spans):
@@ -178,7 +178,7 @@ def timeline(
                 at = left + span.start * scale + (wide - 1) / 2
                 labels.append(svg.Text(
                     x=_n(at), y=_n(y + span.lane * lane_height + tall / 2 + 4), text=html.escape(span.label, quote=False)
-                ))  # fmt: skip
+                ))
         if labels:
             middle = {"text-anchor": "middle", "font-size": "12"}
             shapes.append(svg.G(elements=labels, fill=text_on(color), extra=middle))
@@ -203,7 +203,7 @@ def ring(
         shapes += line(
             x1 + 22 * ux, y1 + 22 * uy, x2 - 24 * ux, y2 - 24 * uy, arrow=True,
             color=TEAL if lit in (None, i) else GREY, opacity=1 if lit in (None, i) else 0.5,
-        )  # fmt: skip
+        )
     for (px, py), label, color in zip(where, labels, colors, strict=True):
         shapes.append(svg.Circle(cx=_n(px), cy=_n(py), r=19, fill=color))
         shapes += text(px, py + 5, label, anchor="middle", color=text_on(color), bold=True)
@@ -220,7 +220,7 @@ def source(
             fill_opacity=0.6 if i == max(lit) else 0.25,
         )
         for i in sorted(lit)
-    ]  # fmt: skip
+    ]
     rows: Elements = []
     for i, words in enumerate(lines):
         indent = len(words) - len(words.lstrip())  # by position: browsers drop leading spaces in SVG text

@@ -83,7 +83,7 @@ GPUS = (
     GPU("H200 SXM", 90, 989, True, 67, 141, 4800, 60, 228, 132, 900, f"{_NV}/h200/"),
     # The HGX datasheet's B200. Early briefs print 8 TB/s, 80 TFLOP/s fp32 and 192 GB.
     GPU("B200 HGX", 100, 2250, True, 75, 180, 7700, 126, 228, 148, 1800, f"{_NV}/hgx/"),
-)  # fmt: skip
+)
 
 # PCIe: transfers per second × 16 lanes × 128/130 (the line code) ÷ 8 bits, before protocol overhead.
 LINKS = (

@@ -21,7 +21,23 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
-__all__ = ["DEVICE", "INTERPRETED", "Build", "capability", "need_same_device", "tl", "triton"]
+
+if INTERPRETED:
+
+    @triton.jit
+    def dot(a, b):
+        # The interpreter multiplies the bit patterns of bf16 as integers (Triton 3.9 and before).
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+
+else:
+
+    @triton.jit
+    def dot(a, b):
+        """a @ b accumulated in fp32; fp32 operands are not rounded to tf32."""
+        return tl.dot(a, b, input_precision="ieee")
+
+
+__all__ = ["DEVICE", "INTERPRETED", "Build", "capability", "dot", "need_same_device", "tl", "triton"]
 
 
 class Build:
@@ -37,7 +53,7 @@ class Build:
     def __init__(
         self, kernel: Any, signature: dict[str, str], constants: Callable[[int], dict[str, Any]], *,
         num_warps: int = 4, num_stages: int = 2,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.kernel, self.signature, self.constants = kernel, signature, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
 

@@ -96,7 +96,7 @@ def _summary(times: list[float], case: Case) -> dict[str, float]:
     return {
         "ms": median, "ms_p10": low, "ms_p90": high, "repetitions": len(times),
         "tflops": case.flops / median / 1e9, "gbs": case.bytes / median / 1e6,
-    }  # fmt: skip
+    }
 
 
 def provenance() -> dict[str, Any]:
@@ -111,7 +111,7 @@ def provenance() -> dict[str, Any]:
         "cuda": torch.version.cuda, "torch": torch.__version__, "triton": triton.__version__,
         "python": platform.python_version(), "date": datetime.now(UTC).date().isoformat(),
         "commit": _output("git", "-C", str(RECORDED), "rev-parse", "--short=12", "HEAD") or "unknown",
-    }  # fmt: skip
+    }
 
 
 def _output(*command: str) -> str:

@@ -174,7 +174,7 @@ def _child(
             dist.init_process_group(
                 "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size,
                 timeout=timedelta(seconds=timeout + 60),
-            )  # fmt: skip
+            )
             comm = Comm(rank, size, torch.device("cpu"), began)
             result = function(comm, *args)
             comm.flush()

@@ -26,7 +26,7 @@ COLORS = {
     "parameters": BLUE, "gradients": ORANGE, "optimizer": PURPLE, "activations": GREEN, "kv": TEAL,
     # where bytes live
     "hbm": GREY, "sram": TEAL,
-}  # fmt: skip
+}
 RANKS = [BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, YELLOW, GREY]
 
 # matplotlib wants a real colour; this one stands for "the page's own ink" and is replaced in the SVG.
@@ -65,7 +65,7 @@ def plot(width: float = 7.2, height: float = 3.6, **subplots: Any) -> Iterator[t
         "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "grid.color": INK,
         "xtick.color": INK, "ytick.color": INK,
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-    }  # fmt: skip
+    }
     with mpl.rc_context(look):
         figure, axes = plt.subplots(figsize=(width, height), **subplots)
         try:

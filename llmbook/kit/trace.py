@@ -28,7 +28,7 @@ class Recording:
 def trace(
     function: Callable[..., Any], *args: Any, keep: Callable[[dict[str, Any]], Any], max_steps: int = 10_000,
     **kwargs: Any,
-) -> Recording:  # fmt: skip
+) -> Recording:
     """Call `function(*args, **kwargs)` and keep what the chapter asks for after every line of it.
 
     Args:

@@ -11,9 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llmbook.block.rope import benchmark, cost, decay, exercises, figures, kernel, rotation, scaling
-from llmbook.kit import measure
-from llmbook.kit.explore import MAX_BYTES, picture
+from llmbook.block.rope import cost, decay, rotation, scaling
 
 FORMS = (rotation.rotate_by_matrix, rotation.rotate_complex, rotation.rotate_interleaved)
 widths = st.integers(1, 24).map(lambda pairs: 2 * pairs)
@@ -152,7 +150,8 @@ def test_angles_hold_at_a_million():
         (lambda: rotation.to_half_split(randn(12, 2), 4), "12 rows do not divide into 4 heads"),
         (lambda: rotation.to_interleaved(randn(12, 2), 0), "into 0 heads"),
         (lambda: scaling.interpolated(randn(4), 0.5), "at least 1, not 0.5"),
-        (lambda: scaling.ntk_base(2, 10_000.0, 2.0), "needs 2 pairs"),
+        (lambda: scaling.ntk_base(2, 10_000.0, 2.0), "needs d ≥ 4, not 2"),
+        (lambda: scaling.extended("magic", 8, 10_000.0, 2.0, 4096), "method must be one of"),
     ],
 )
 def test_bad_input_gets_one_sentence(call, words):
@@ -207,6 +206,19 @@ def test_ntk_stretches_the_last_pair_by_s_and_the_first_not():
     assert scaling.dynamic_ntk_base(d, base, factor, 100, 4096) == base
 
 
+def test_what_each_method_leaves_unseen():
+    theta, trained, factor = rotation.frequencies(128), 4096, 8
+
+    def unseen(method):
+        new = scaling.extended(method, 128, 10_000.0, factor, trained)
+        return int(scaling.unseen(theta, new, trained, factor * trained).sum())
+
+    slow = int((2 * math.pi / theta > trained).sum())
+    assert unseen("none") == slow
+    assert unseen("NTK-aware") == slow - 1  # the last pair alone is mended exactly
+    assert {unseen(m) for m in ("position interpolation", "by parts (Llama 3.1)", "YaRN")} == {0}
+
+
 # Decay
 
 
@@ -237,184 +249,3 @@ def test_counted_flops_equal_the_formula(tokens, heads, d):
             rotate(x, *tables)
         assert count.flops == cost.flops(tokens, heads, d)
         assert count.bytes > cost.fused_bytes(tokens, heads, d, 8, table=8)
-
-
-# The kernel
-
-
-def reference(q, k, cos, sin, layout, upstream):
-    exact = [t.detach().double().requires_grad_() for t in (q, k)]
-    rotate = rotation.rotate_half_split if layout == "half_split" else rotation.rotate_interleaved
-    out = [rotate(t, cos.double(), sin.double()) for t in exact]
-    return (*out, *torch.autograd.grad(out, exact, [t.double() for t in upstream]))
-
-
-kernel_sizes = st.tuples(
-    st.integers(0, 2), st.integers(0, 4), st.integers(1, 5), st.integers(1, 3),
-    st.sampled_from([2, 6, 16, 40]),
-)  # fmt: skip
-
-
-@given(
-    kernel_sizes, st.sampled_from(kernel.LAYOUTS), st.sampled_from(kernel.DTYPES), st.booleans(),
-    st.sampled_from(["BSHD", "BHSD", "sliced"]),
-)  # fmt: skip
-@settings(max_examples=40, deadline=None)
-def test_kernel_forward_and_backward_against_float64(shape, layout, dtype, per_batch, strides):
-    batch, tokens, q_heads, k_heads, d = shape
-
-    def make(heads, seed):
-        if strides == "BHSD":
-            return randn(batch, heads, tokens, d, seed=seed).to(dtype).transpose(1, 2).requires_grad_()
-        if strides == "sliced":
-            return randn(batch, tokens, heads, d + 5, seed=seed).to(dtype)[..., 3 : 3 + d].requires_grad_()
-        return randn(batch, tokens, heads, d, seed=seed).to(dtype).requires_grad_()
-
-    q, k = make(q_heads, 0), make(k_heads, 1)
-    at = torch.arange(1000, 1000 + tokens)
-    at = at + torch.arange(batch)[:, None] * 7 if per_batch else at
-    cos, sin = wide(at, d, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    upstream = [make(heads, 5).detach() for heads in (q_heads, k_heads)]
-    out = kernel.rope(q, k, cos, sin, layout)
-    grads = torch.autograd.grad(out, (q, k), upstream)
-    unit = torch.finfo(dtype).eps
-    for mine, exact in zip((*out, *grads), reference(q, k, cos, sin, layout, upstream), strict=True):
-        assert mine.dtype == dtype
-        # One rounding at the store, and the sums' own roundings in the tables' precision.
-        bound = unit * exact.abs() + 4 * torch.finfo(cos.dtype).eps * 6 + torch.finfo(dtype).tiny
-        assert ((mine.double() - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("layout", kernel.LAYOUTS)
-def test_kernel_gradcheck(layout):
-    q, k = randn(1, 2, 2, 4).requires_grad_(), randn(1, 2, 1, 4, seed=1).requires_grad_()
-    tables = wide(torch.arange(2), 4)
-    assert torch.autograd.gradcheck(lambda q, k: kernel.rope(q, k, *tables, layout), (q, k))
-    # A gradient that PyTorch hands over as an expanded view, and a key that nobody uses.
-    kernel.rope(q, k, *tables, layout)[0].sum().backward()
-    assert k.grad is not None
-    assert not k.grad.any()
-
-
-def test_kernel_keeps_yarns_factor_in_both_directions():
-    q = randn(1, 3, 2, 8, dtype=torch.float32).requires_grad_()
-    factor = scaling.yarn_attention_factor(4.0)
-    cos, sin = rotation.tables(torch.arange(3), rotation.frequencies(8), attention_factor=factor)
-    out, _ = kernel.rope(q, q.detach(), cos, sin)
-    (grad,) = torch.autograd.grad(out, q, out.detach())
-    torch.testing.assert_close(grad, factor**2 * q.detach(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"layout": "neox"}, "layout must be one of"),
-        ({"q": randn(2, 3, 4)}, r"q and k must be \[B, S, Hq, d\]"),
-        ({"k": randn(1, 4, 1, 8)}, "q and k must be"),
-        ({"q": randn(1, 3, 2, 7), "k": randn(1, 3, 1, 7)}, "must be even and from 2 to 2048, not 7"),
-        ({"cos": randn(3, 8)}, r"cos and sin must both be \[3, 4\] or \[1, 3, 4\]"),
-        ({"cos": randn(3, 4).float()}, "cos and sin must be torch.float64"),
-        ({"q": randn(1, 3, 2, 8).float()}, "must share one of"),
-        ({"q": randn(1, 3, 2, 8).long(), "k": randn(1, 3, 1, 8).long()}, "must share one of"),
-        ({"cos": randn(3, 4).requires_grad_()}, "constants here"),
-        ({"q": randn(1, 3, 2, 8).to("meta")}, "tensors are on"),
-    ],
-)
-def test_kernel_refuses_in_one_sentence(change, words):
-    cos, sin = wide(torch.arange(3), 8)
-    good = {"q": randn(1, 3, 2, 8), "k": randn(1, 3, 1, 8), "cos": cos, "sin": sin, "layout": "half_split"}
-    with pytest.raises(ValueError, match=words):
-        kernel.rope(**{**good, **change})
-
-
-def test_builds_name_every_argument():
-    for build in kernel.BUILDS:
-        named = set(build.signature) | set(build.constants(80))
-        assert named == set(build.kernel.arg_names)
-
-
-# Benchmark, exercises, figures
-
-
-def test_benchmark_cases_are_right_and_their_peers_run():
-    small = tuple(
-        size._replace(batch=min(size.batch, 2), tokens=min(size.tokens, 3), q_heads=4, k_heads=2)
-        for size in benchmark.SIZES
-    )
-    for case in benchmark.cases(torch.device("cpu"), small):
-        error, allowed = case.error(case.run())
-        assert 0 < error <= allowed
-        for name in ("eager PyTorch", "copy of the same bytes"):
-            case.peers[name]()
-        wrong = tuple(-t for t in case.run())
-        assert case.error(wrong)[0] > allowed
-    timed = measure.measure(case, timer=lambda call: [1.0, 1.0, 1.0])
-    assert timed["bytes"] == case.bytes > 0
-
-
-def solution_permute(w, heads):
-    return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def solution_renumber(keys, by, base):
-    return turned(keys, torch.full((len(keys),), -by), base)
-
-
-def turned(keys, at, base, rotate=rotation.rotate_half_split):
-    return rotate(keys, *wide(at, keys.shape[-1], base))
-
-
-ANSWERS = {
-    "unfinished_pair": (35, [34, 36, 68, 63, 64, 45, 0, 100, 34.0]),
-    "permute_weights": (
-        solution_permute,
-        [
-            lambda w, heads: w, lambda w, heads: w[: len(w) // 2],
-            lambda w, heads: rotation.to_interleaved(w, heads), lambda w, heads: rotation.to_half_split(w, 1),
-            lambda w, heads: w.flip(0), lambda w, heads: w * 2, lambda w, heads: None,
-        ],
-    ),
-    "renumber_cache": (
-        solution_renumber,
-        [
-            lambda k, by, base: k, lambda k, by, base: k[1:],
-            lambda k, by, base: turned(k, torch.full((len(k),), by), base),
-            lambda k, by, base: turned(k, -torch.arange(by, by + len(k)), base),
-            lambda k, by, base: turned(k, torch.full((len(k),), -by), base, rotation.rotate_interleaved),
-            lambda k, by, base: turned(k, -torch.arange(len(k)), base),
-            lambda k, by, base: turned(k, torch.full((len(k),), -by), 500.0),
-        ],
-    ),
-    "derive_ntk_base": (
-        lambda d, base, s: base * s ** (d / (d - 2)),
-        [
-            lambda d, base, s: base * s, lambda d, base, s: base * s ** ((d - 2) / d),
-            lambda d, base, s: base, lambda d, base, s: base / s ** (d / (d - 2)),
-            lambda d, base, s: -base,
-        ],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_checkers_accept_the_solution_and_reject_wrong_answers(name, capsys):
-    check = getattr(exercises, name)
-    right, wrong = ANSWERS[name]
-    assert check(right), capsys.readouterr().out
-    messages = set()
-    for answer in wrong:
-        assert not check(answer), answer
-        messages.add(capsys.readouterr().out)
-    assert len(messages) >= 3  # they say what is wrong, not only that it is
-    assert not check(...)
-
-
-@pytest.mark.parametrize("name", figures.EXPLORERS)
-def test_explorers_draw_their_corners(name):
-    draw, caption, choices = figures.EXPLORERS[name]
-    total = 1
-    for values in choices.values():
-        total *= len(values)
-    for end in (0, -1):
-        chosen = {key: values[end] for key, values in choices.items()}
-        assert len(picture(draw, caption, chosen)) * total < MAX_BYTES

@@ -1,6 +1,8 @@
 """Pipeline schedules against closed forms, torch's own pipelining, and the sequential model."""
 
 import itertools
+import re
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from llmbook.kit import ranks
-from llmbook.parallel.pipeline_parallel import closed_forms, exercises
+from llmbook.kit import explore, ranks
+from llmbook.parallel.pipeline_parallel import closed_forms, exercises, figures
 from llmbook.parallel.pipeline_parallel.rank import wire_order
 from llmbook.parallel.pipeline_parallel.runtime import Worker, pipeline_step, split_layers
 from llmbook.parallel.pipeline_parallel.schedules import (
@@ -385,6 +387,41 @@ def test_without_a_flush_updates_break_autograd():
         ranks.RankError, match=r"rank 0 raised[\s\S]*F1 of stage 0 saved a tensor that was modified in place"
     ):
         ranks.run(hasty, 2, timeout=20)
+
+
+# Pictures.
+
+
+def test_every_frame_draws_and_states_measured_beside_closed_form():
+    total = 0
+    for schedule in figures.NAMES:
+        for p, m, ratio in product((2, 4, 8), (4, 8, 16), figures.RATIOS):
+            chosen = {"schedule": schedule, "ranks": p, "micro_batches": m, "forward_to_backward": ratio}
+            total += len(explore.picture(figures.overview, figures.overview_caption, chosen))
+            words = figures.overview_caption(**chosen)
+            found = re.search(r"rank idles ([\d.]+) units.*Closed form: ([\d.]+) units", words)
+            if found:
+                assert found[1] == found[2]
+            else:
+                assert "refuses 4 micro-batches on 8 ranks" in words
+    assert total < 1_500_000
+
+
+def test_the_walk_counts_what_is_held_and_what_crosses():
+    words = figures.walk_caption("1F1B", 9)
+    assert "rank 1 does B0, rank 2 does B1, rank 3 does F2; 1 of 4 ranks idle" in words
+    assert "F2 from rank 2 to 3" in words
+    for schedule in ("GPipe", "1F1B"):
+        for step_ in figures.walk_times(schedule):
+            figures.walk(schedule, step_)
+
+
+def test_logged_work_is_drawn_under_the_simulation():
+    blocks, x, t, *_ = problem(2)
+    run = ranks.run(step, 2, interleaved(2, 2, 2), split_layers(blocks * 2, 4), x, t, timeout=20)
+    markup = figures.both(simulate(interleaved(2, 2, 2), COST), run, 0.01).as_str()
+    assert markup.count("rank 1") == 2
+    assert len(re.findall(r"M\d+ \d+L", markup)) == len(run.messages)
 
 
 # Exercises.

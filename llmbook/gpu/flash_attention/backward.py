@@ -35,9 +35,13 @@ def standard_backward(
 
 
 def flash_backward(
-    Q: Tensor, K: Tensor, V: Tensor, O: Tensor, dO: Tensor, l: Tensor, m: Tensor, mem: Memory, Bc: int, Br: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Algorithm 4: dQ, dK, dV [N, d] with no N × N matrix in HBM. l, m: [N, 1] from the forward."""
+    Q: Tensor, K: Tensor, V: Tensor, O: Tensor, dO: Tensor, l: Tensor, m: Tensor,
+    mem: Memory, Bc: int, Br: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 4: dQ, dK, dV [N, d] with no N × N matrix in HBM.
+
+    Q, K, V, O, dO: [N, d]; l, m: [N, 1] from the forward.
+    """
     N, d = Q.shape
     dQ, dK, dV = (mem.new(N, d, like=Q) for _ in range(3))
     for j in range(0, N, Bc):

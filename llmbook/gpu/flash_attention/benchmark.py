@@ -17,7 +17,7 @@ SHAPES = ((16, 16, 1024, 64), (4, 16, 4096, 64), (1, 16, 16384, 64), (4, 16, 409
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
-}  # fmt: skip
+}
 
 
 def standard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -32,7 +32,7 @@ def standard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) ->
 def cases(
     device: torch.device = DEVICE, shapes: Iterable[tuple[int, int, int, int]] = SHAPES,
     dtype: torch.dtype = torch.float16,
-) -> Iterator[Case]:  # fmt: skip
+) -> Iterator[Case]:
     """One case per shape, full and causal."""
     for batch, heads, n, d in shapes:
         for causal in (False, True):
@@ -55,7 +55,7 @@ def _case(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Ca
         "flash_attention_1 forward", sizes, lambda: flash_attention_1(q, k, v, causal)[0],
         lambda out: _error(out, q, k, v, causal), flops,
         flash_traffic(n, d, block) * batch * heads * q.element_size(), peers,
-    )  # fmt: skip
+    )
 
 
 def _with(

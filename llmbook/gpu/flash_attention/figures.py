@@ -17,7 +17,7 @@ from .forward import Memory, block_sizes, flash_attention, flash_traffic, paper_
 
 WIDTH, CODE = 800, 396
 # Lines after which the stepper stops; the lines between two stops are shown together.
-FLASH_STOPS = ("m = mem.new", "Vj =", "Qi =", "S =", 'mem.free("Q")', "lt =", "ln =", "Oi = (", "mem.store(m", "mem.free_all", 'mem.free("K"')  # fmt: skip
+FLASH_STOPS = ("m = mem.new", "Vj =", "Qi =", "S =", 'mem.free("Q")', "lt =", "ln =", "Oi = (", "mem.store(m", "mem.free_all", 'mem.free("K"')
 STANDARD_STOPS = ("Kall =", "Vall =", "mem.store", "mem.free", "Qi =", "Si = mem.load", "Pi = mem.load")
 
 
@@ -123,7 +123,7 @@ def standard_caption(step: int) -> str:
 
 def _picture(
     source: list[str], frame: Frame, N: int, d: int, Bc: int, Br: int, M: int | None, most: int, naive: int | None
-) -> svg.SVG:  # fmt: skip
+) -> svg.SVG:
     step = 15.5
     height = max(340, len(source) * step + 30)
     parts = [
@@ -206,7 +206,7 @@ def eleven(Bc_over_d: str, step: int) -> svg.SVG:
     parts = [
         draw.text(40, 18, "step", bold=True), draw.text(220, 18, "notes", bold=True),
         draw.text(320, 18, "running totals: notes, ledger", bold=True),
-    ]  # fmt: skip
+    ]
     for n, (does, change, claimed, held) in enumerate(rows):
         y = 30 + n * 36
         wrong = claimed != held
@@ -252,7 +252,7 @@ def traffic(d: int, chip: str) -> Any:
         axes.annotate(
             f"{ratio:.1f}× fewer", (n, 2 * flash_traffic(n, d, Bc) / 1e6), xytext=(0, -62), ha="right",
             textcoords="offset points", fontweight="bold",
-        )  # fmt: skip
+        )
         axes.set(xlabel="sequence length N", ylabel="MB through HBM, one head", ylim=(0.03, 3e5))
         axes.set_xscale("log", base=2)
         axes.legend(loc="upper left")

@@ -17,12 +17,12 @@ def paper_block_sizes(M: int, d: int) -> tuple[int, int]:
 
 
 def sram_peak(Bc: int, Br: int, d: int) -> int:
-    """Elements of SRAM that `flash_attention` holds at its fullest: K, V, S/P, O, and six vectors of B_r."""
+    """Elements of SRAM at the fullest moment: K, V, S or P, O, and six vectors of B_r."""
     return 2 * Bc * d + Br * Bc + Br * d + 6 * Br
 
 
 def block_sizes(M: int, d: int) -> tuple[int, int]:
-    """The paper's (B_c, B_r), reduced until everything fits into M elements, the six vectors included.
+    """The paper's (B_c, B_r), reduced until all fits into M elements, vectors included.
 
     Raises:
         ValueError: M holds not even one row of everything.
@@ -31,13 +31,16 @@ def block_sizes(M: int, d: int) -> tuple[int, int]:
         Br = min(Bc, d)
         if sram_peak(Bc, Br, d) <= M:
             return Bc, Br
-    raise ValueError(f"M = {M} elements of SRAM are too few for d = {d}: one row needs {sram_peak(1, 1, d)}")
+    raise ValueError(
+        f"M = {M} elements of SRAM are too few for d = {d}: "
+        f"one row needs {sram_peak(1, 1, d)}"
+    )
 
 
 def standard_attention(Q: Tensor, K: Tensor, V: Tensor, mem: Memory, Br: int) -> Tensor:
-    """softmax(QKᵀ/√d)V as three kernels, each from HBM to HBM, `Br` rows at a time. All of Q, K, V: [N, d].
+    """softmax(QKᵀ/√d)V as three kernels, each from HBM to HBM, `Br` rows at a time.
 
-    S and P, [N, N], are written whole and read back. Returns O [N, d].
+    Q, K, V: [N, d]. S and P, [N, N], are written whole and read back. Returns O [N, d].
     """
     N, d = Q.shape
     S, P = Q.new_empty(N, N), Q.new_empty(N, N)
@@ -67,7 +70,7 @@ def standard_attention(Q: Tensor, K: Tensor, V: Tensor, mem: Memory, Br: int) ->
 def flash_attention(
     Q: Tensor, K: Tensor, V: Tensor, mem: Memory, Bc: int, Br: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1: softmax(QKᵀ/√d)V without ever writing S or P to HBM. All of Q, K, V: [N, d].
+    """Algorithm 1: softmax(QKᵀ/√d)V without S or P in HBM. Q, K, V: [N, d].
 
     Returns:
         O [N, d], and per row l (sum of exponentials) and m (maximum), [N, 1].
@@ -108,7 +111,7 @@ def standard_traffic(N: int, d: int) -> int:
 
 
 def flash_traffic(N: int, d: int, Bc: int) -> int:
-    """Elements `flash_attention` moves: K, V once; Q, O, l, m once per block of K; O, l, m initialised."""
+    """Elements moved: K, V once; Q, O, l, m per block of K; O, l, m initialised."""
     Tc = ceil(N / Bc)
     return 2 * N * d + Tc * (3 * N * d + 4 * N) + N * d + 2 * N
 
@@ -116,4 +119,4 @@ def flash_traffic(N: int, d: int, Bc: int) -> int:
 __all__ = [
     "Memory", "SramError", "block_sizes", "flash_attention", "flash_traffic", "paper_block_sizes", "sram_peak",
     "standard_attention", "standard_traffic",
-]  # fmt: skip
+]

@@ -6,7 +6,7 @@ programs run at once. The next chapter turns the loops round.
 
 import torch
 
-from llmbook.kit.kernels import Build, capability, need_same_device, tl, triton
+from llmbook.kit.kernels import Build, capability, dot, need_same_device, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
@@ -15,7 +15,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 def flash1_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, l_ptr, m_ptr, n, scale, D: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
+):
     # 64 bits: head·n·D passes 2³¹ in long contexts.
     head = tl.program_id(0).to(tl.int64)
     q_ptr += head * n * D
@@ -37,7 +37,7 @@ def flash1_kernel(
             at = rows[:, None] * D + cols
             inside = rows[:, None] < n
             q = tl.load(q_ptr + at, mask=inside, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            s = dot(q, tl.trans(k)) * scale
             seen = keys[None, :] < n
             if CAUSAL:
                 seen = seen & (rows[:, None] >= keys[None, :])
@@ -49,7 +49,7 @@ def flash1_kernel(
             alpha = tl.exp(m_old - m_new) * l_old
             l_new = alpha + tl.sum(p, 1)
             o = tl.load(o_ptr + at, mask=inside, other=0.0) * alpha[:, None]
-            o += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            o += dot(p.to(v.dtype), v)
             tl.store(o_ptr + at, o / l_new[:, None], mask=inside)
             tl.store(l_ptr + rows, l_new, mask=rows < n)
             tl.store(m_ptr + rows, m_new, mask=rows < n)
@@ -83,7 +83,7 @@ def flash_attention_1(
         flash1_kernel[(batch * heads,)](
             q.contiguous(), k.contiguous(), v.contiguous(), o, l, m, n, d**-0.5,
             D=d, BR=block, BC=block, CAUSAL=causal, num_warps=4, num_stages=1,
-        )  # fmt: skip
+        )
     return o.to(q.dtype), m + l.log()
 
 

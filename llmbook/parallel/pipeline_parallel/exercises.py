@@ -27,7 +27,7 @@ def enough_micro_batches(answer: Any) -> str:
         fewer = bubble_of_total(8, m - step, chunks) if m > step else 1.0
         hint = " (5% of the total, not of the ideal)" if name == "1F1B" and m == 140 else ""
         expect(fewer > 0.05, f"{name}: {m - step} micro-batches would do, with {fewer:.2%}{hint}")
-    return "and v = 4 needs about a quarter as many, for four times the messages."
+    return "right; v = 4 needs about a quarter as many, for four times the messages."
 
 
 @exercise

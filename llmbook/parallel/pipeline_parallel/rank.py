@@ -17,6 +17,9 @@ from .simulate import Key, simulate
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 ORDER = {"F": 1.0, "B": 2.0, "R": 1.0, "I": 1.0, "W": 1.0}
+# torch's first backward from a given gradient imports half a second's worth of modules: better here, once,
+# than in every forked rank, where it would stretch the first B.
+torch.autograd.backward([torch.zeros(1, requires_grad=True) * 1], [torch.zeros(1)])
 
 
 @dataclass

@@ -66,16 +66,17 @@ class Schedule:
 
     @property
     def micros(self) -> int:
-        return 1 + max((op.micro for mine in self.ops for op in mine), default=-1)
+        every = (op.micro for mine in self.ops for op in mine)
+        return 1 + max(every, default=-1)
 
     @property
     def recompute(self) -> bool:
-        """Whether a forward drops its activations and an R brings them back."""
+        """Whether F drops its activations and an R brings them back."""
         return any(op.kind == "R" for mine in self.ops for op in mine)
 
 
 def naive(ranks: int) -> Schedule:
-    """Model parallelism: the undivided batch goes through stage after stage."""
+    """Model parallelism: the undivided batch, through stage after stage."""
     return replace(gpipe(ranks, 1), name="naive")
 
 
@@ -86,11 +87,12 @@ def gpipe(ranks: int, micros: int) -> Schedule:
     has them descending, with the same bubble.
     """
     positive(ranks=ranks, micros=micros)
-    ops = tuple(
-        tuple(Op(kind, rank, micro) for kind in "FB" for micro in range(micros))
-        for rank in range(ranks)
-    )  # fmt: skip
-    return Schedule("GPipe", ops, tuple(range(ranks)))
+    ops = []
+    for rank in range(ranks):
+        forwards = [Op("F", rank, micro) for micro in range(micros)]
+        backwards = [Op("B", rank, micro) for micro in range(micros)]
+        ops.append((*forwards, *backwards))
+    return Schedule("GPipe", tuple(ops), tuple(range(ranks)))
 
 
 def one_f_one_b(ranks: int, micros: int) -> Schedule:
@@ -147,8 +149,8 @@ def interleaved(ranks: int, micros: int, chunks: int = 2) -> Schedule:
                 mine.append(nth("F", warmup + n, ranks, chunks, rank))
             mine.append(nth("B", n, ranks, chunks, rank))
         ops.append(tuple(mine))
-    placement = tuple(range(ranks)) * chunks
-    return Schedule(f"interleaved 1F1B, {chunks} chunks", tuple(ops), placement)
+    name = f"interleaved 1F1B, {chunks} chunks"
+    return Schedule(name, tuple(ops), tuple(range(ranks)) * chunks)
 
 
 def with_recompute(schedule: Schedule) -> Schedule:

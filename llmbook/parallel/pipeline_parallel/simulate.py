@@ -54,7 +54,7 @@ class Timeline:
 
 
 def simulate(schedule: Schedule, cost: Cost, latency: float = 0) -> Timeline:
-    """Run the schedule: each rank in its order, each op when its inputs are in.
+    """Run the schedule: ranks in their order, ops when their inputs are in.
 
     Args:
         cost: kind → time of one micro-batch through all layers of a rank; an
