@@ -51,7 +51,8 @@ def _between(cx: float, cy: float, radius: float, start: float, end: float) -> d
 def _vectors(d: int) -> tuple[Tensor, Tensor]:
     """A query and a key as complex pairs, long enough to see."""
     radius, angle = torch.rand(2, 2, d // 2, generator=torch.Generator().manual_seed(8)).double()
-    angle = torch.stack((6.3 * angle[0], 6.3 * angle[0] + 2.6 * angle[1] - 1.6))
+    side = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(d // 8)
+    angle = torch.stack((6.3 * angle[0], 6.3 * angle[0] + side * (0.6 + 1.1 * angle[1])))
     q, k = torch.polar(0.75 + 0.25 * radius, angle)
     return q, k
 
@@ -88,7 +89,8 @@ def turning(step: int, distance: int, base: int, d: int) -> svg.SVG:
             angle += math.copysign(0.27, between) * side
             x, y = cx + far * math.cos(angle), cy - far * math.sin(angle)
             parts += draw.text(x, y + 5, name, bold=True, anchor="middle", size=14)
-        parts += draw.text(cx, cy + radius + 19, f"from k to q: {between:+.0f}°", anchor="middle")
+        words = f"from k to q: {between:+.0f}°".replace("-", "−")
+        parts += draw.text(cx, cy + radius + 19, words, anchor="middle")
     bottom = 186 + 214 * (rows - 1) + 106
     parts += _bar(bottom, "both turned", _score(turned_q, turned_k), d, PURPLE)
     parts += _bar(bottom + 30, "only k turned", _score(q, turned_k), d, GREY)
@@ -112,7 +114,7 @@ def _strip(n: int, m: int) -> draw.Elements:
         parts += draw.text(10 + at * wide + wide / 2, 19, name, bold=True, anchor="middle", size=15)
     numbers: draw.Elements = [
         svg.Text(x=round(10 + i * wide + wide / 2 - 1.5, 1), y=48, text=str(i))
-        for i in range(0, count, 3)
+        for i in range(0, count, 2)
         if i not in words
     ]
     return [*parts, svg.G(elements=numbers, extra={"text-anchor": "middle", "font-size": "12"})]

@@ -17,7 +17,7 @@ def paper_block_sizes(M: int, d: int) -> tuple[int, int]:
 
 
 def sram_peak(Bc: int, Br: int, d: int) -> int:
-    """Elements of SRAM at the fullest moment: K, V, S or P, O, and six vectors of B_r."""
+    """Elements of SRAM at the fullest moment: K, V, S or P, O, six vectors of B_r."""
     return 2 * Bc * d + Br * Bc + Br * d + 6 * Br
 
 

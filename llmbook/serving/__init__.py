@@ -1,0 +1,1 @@
+"""Serving: prefill, decode, and the clusters that run them."""
