@@ -33,8 +33,9 @@ def fetch() -> None:
     widgets.mkdir(parents=True)
     dist = modules / "@jupyter-widgets/html-manager/dist"
     shutil.copy(dist / "embed.js", widgets)
-    for font in (*dist.glob("*.woff2"), *dist.glob("*.woff"), *dist.glob("*.ttf"), *dist.glob("*.svg"), *dist.glob("*.eot")):
-        shutil.copy(font, widgets)
+    for path in dist.iterdir():
+        if path.suffix in {".woff2", ".woff", ".ttf", ".svg", ".eot"}:
+            shutil.copy(path, widgets)
     (VENDOR / "mathjax").mkdir()
     shutil.copy(modules / "mathjax/es5/tex-svg.js", VENDOR / "mathjax")
     stamp.write_text(lock)

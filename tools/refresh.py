@@ -51,7 +51,7 @@ def refresh(chapter: Chapter) -> str:
         raise ValueError(f"{chapter.file}: no cell has the tag {sorted(missing)}")
     for cell in notebook.cells:
         _write(cell, chapter)
-    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "default"}
+    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     os.environ.update(environment)  # the stored run is the one every machine can repeat: without a GPU
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", coalesce_streams=True, store_widget_state=True,
@@ -139,8 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
             chapter.notebook.write_text(after)
             print(f"{chapter.file}: {'unchanged' if before == after else 'refreshed'}")
         elif comparable(before) != comparable(after):
-            lines = difflib.unified_diff(comparable(before).splitlines(), comparable(after).splitlines(), "stored", "now", lineterm="", n=0)
-            print(f"{chapter.file}: stale; run `make notebooks`", *[line[:300] for line in list(lines)[:40]], sep="\n", file=sys.stderr)
+            stored, now = (comparable(text).splitlines() for text in (before, after))
+            lines = list(difflib.unified_diff(stored, now, "stored", "now", lineterm="", n=0))[:40]
+            print(f"{chapter.file}: stale; run `make notebooks`", file=sys.stderr)
+            print(*[line[:300] for line in lines], sep="\n", file=sys.stderr)
             failed += 1
         else:
             print(f"{chapter.file}: fresh")

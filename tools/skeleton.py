@@ -1,6 +1,7 @@
 """Start a chapter: `python -m tools.skeleton PART NAME` writes one that already builds, tests and renders.
 
-It is a whole small chapter about nothing (the running mean), with every section of the anatomy; replace it piece by piece.
+It is a whole small chapter about nothing (the running mean), with every section of the anatomy; replace it piece by
+piece.
 """
 
 import re

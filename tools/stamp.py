@@ -1,7 +1,7 @@
 """Stamp the repository's address: `python -m tools.stamp https://github.com/owner/name`.
 
-Everything that names it changes together: `_config.yml`, `pyproject.toml`, `README.md`, and in every notebook the badge and
-the setup cell. All new texts are made before the first is written, so nothing is ever half-stamped.
+Everything that names it changes together: `_config.yml`, `pyproject.toml`, `README.md`, and in every notebook the
+badge and the setup cell. All new texts are made before the first is written, so nothing is ever half-stamped.
 """
 
 import re

@@ -36,4 +36,6 @@ document.addEventListener("DOMContentLoaded", () => {
     requestAnimationFrame(() => { waiting = false; nameControls(document); });
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
   nameControls(document);
+  // Sphinx calls bibliographies lists, but their entries are not list items.
+  for (const list of document.querySelectorAll(".citation-list")) list.removeAttribute("role");
 });

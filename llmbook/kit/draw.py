@@ -32,7 +32,8 @@ def text(
 ) -> Elements:
     """One line of text whose baseline starts (or is centred, or ends) at x, y."""
     return [svg.Text(
-        x=_n(x), y=_n(y), text=html.escape(words, quote=False), fill=None if color == "currentColor" else color, font_size=None if size == 13 else size,
+        x=_n(x), y=_n(y), text=html.escape(words, quote=False),
+        fill=None if color == "currentColor" else color, font_size=None if size == 13 else size,
         text_anchor=None if anchor == "start" else anchor,  # type: ignore[arg-type]
         font_weight="bold" if bold else None, font_family=MONO if mono else None,
         opacity=None if opacity == 1 else opacity,
@@ -69,7 +70,8 @@ def line(
         for side in (2.7, -2.7):
             points += [x2 + 9 * math.cos(angle + side), y2 + 9 * math.sin(angle + side)]
         shapes.append(svg.Polygon(
-            points=[_n(p) for p in points], fill=color, opacity=None if opacity == 1 else opacity,
+            fill=color, opacity=None if opacity == 1 else opacity,
+            extra={"points": " ".join(str(_n(p)) for p in points)},
         ))
     return shapes
 
@@ -176,9 +178,8 @@ def timeline(
             wide = (span.end - span.start) * scale
             if span.label and wide >= 7.2 * len(span.label) + 1:
                 at = left + span.start * scale + (wide - 1) / 2
-                labels.append(svg.Text(
-                    x=_n(at), y=_n(y + span.lane * lane_height + tall / 2 + 4), text=html.escape(span.label, quote=False)
-                ))
+                base = y + span.lane * lane_height + tall / 2 + 4
+                labels.append(svg.Text(x=_n(at), y=_n(base), text=html.escape(span.label, quote=False)))
         if labels:
             middle = {"text-anchor": "middle", "font-size": "12"}
             shapes.append(svg.G(elements=labels, fill=text_on(color), extra=middle))
@@ -225,8 +226,8 @@ def source(
     for i, words in enumerate(lines):
         indent = len(words) - len(words.lstrip())  # by position: browsers drop leading spaces in SVG text
         if words.strip():
-            at = {"x": _n(x + 6 + indent * 7.2), "y": _n(y + i * step + step * 0.72)}
-            rows.append(svg.Text(**at, text=html.escape(words.strip(), quote=False)))
+            left, base = _n(x + 6 + indent * 7.2), _n(y + i * step + step * 0.72)
+            rows.append(svg.Text(x=left, y=base, text=html.escape(words.strip(), quote=False)))
     return [*shapes, svg.G(elements=rows, extra={"font-family": MONO, "font-size": "12"})]
 
 

@@ -118,8 +118,8 @@ def _control(name: str, values: list[Any], start: dict[str, Any]) -> tuple[Any, 
     options = [(str(value), value) for value in values]
     first = start.get(name, values[0])
     index = values.index(first) if first in values else 0
-    layout = widgets.Layout(width="100%", max_width="460px")
-    style = {"description_width": "110px"}
+    layout = widgets.Layout(width="100%", max_width="500px")
+    style = {"description_width": "140px"}
     kind = widgets.Dropdown if isinstance(values[0], str) else widgets.SelectionSlider
     control = kind(options=options, index=index, description=label, layout=layout, style=style)
     if name != "step" or len(values) == 1:

@@ -81,7 +81,7 @@ def measure(case: Case, timer: Timer = cuda_times) -> dict[str, Any]:
     error, allowed = case.error(case.run())
     if not error <= allowed:
         raise MeasurementError(f"{case.name} {case.sizes}: error {error:.3g}, allowed {allowed:.3g}; not timed")
-    row = {"name": case.name, "sizes": case.sizes, "flops": case.flops, "bytes": case.bytes}
+    row: dict[str, Any] = {"name": case.name, "sizes": case.sizes, "flops": case.flops, "bytes": case.bytes}
     row |= {"error": error, "allowed": allowed, **_summary(timer(case.run), case)}
     row["peers"] = {}
     for name, call in case.peers.items():
@@ -93,9 +93,9 @@ def measure(case: Case, timer: Timer = cuda_times) -> dict[str, Any]:
 
 
 def _summary(times: list[float], case: Case) -> dict[str, float]:
-    low, median, high = statistics.quantiles(times, n=10)[0], statistics.median(times), statistics.quantiles(times, n=10)[8]
+    tenths, median = statistics.quantiles(times, n=10), statistics.median(times)
     return {
-        "ms": median, "ms_p10": low, "ms_p90": high, "repetitions": len(times),
+        "ms": median, "ms_p10": tenths[0], "ms_p90": tenths[8], "repetitions": len(times),
         "tflops": case.flops / median / 1e9, "gbs": case.bytes / median / 1e6,
     }
 

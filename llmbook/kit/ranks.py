@@ -85,6 +85,7 @@ class Comm:
         """Send a tensor without waiting for the receiver. The tensor must not be written to until `flush`."""
         self._check(to)
         tensor = tensor.detach().contiguous()
+        self._in_flight = [(work, held) for work, held in self._in_flight if not work.is_completed()]
         self.sends.append((self.rank, to, tag, tensor.nbytes, self._now()))
         self._in_flight.append((dist.isend(tensor, to, tag=tag), tensor))
 
@@ -196,7 +197,7 @@ def _collect(processes: list, waiting: dict, deadline: float, timeout: float, fo
         if not ready:
             break
         for connection in ready:
-            rank = waiting.pop(connection)  # type: ignore[arg-type]
+            rank = waiting.pop(connection)
             try:
                 report = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
             except EOFError:

@@ -57,7 +57,7 @@ def plot(width: float = 7.2, height: float = 3.6, **subplots: Any) -> Iterator[t
         **subplots: passed to `plt.subplots`.
     """
     cycle = mpl.rcsetup.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, YELLOW, GREY])
-    look = {
+    look: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": "llmbook", "figure.dpi": 100, "savefig.dpi": 200,
         "font.size": 11, "axes.titlesize": 12, "axes.prop_cycle": cycle, "lines.linewidth": 2.2,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.18,

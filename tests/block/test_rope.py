@@ -31,7 +31,7 @@ def config(d=64, base=10_000.0, length=4096, **scaling_parameters):
     return LlamaConfig(
         hidden_size=4 * d, num_attention_heads=4, head_dim=d, max_position_embeddings=length,
         rope_parameters={"rope_type": "default", "rope_theta": base, **scaling_parameters},
-    )  # fmt: skip
+    )
 
 
 # The four forms
@@ -164,7 +164,7 @@ def test_bad_input_gets_one_sentence(call, words):
 models = st.tuples(
     st.sampled_from([16, 64, 128]), st.sampled_from([1e4, 5e5]), st.sampled_from([1.0, 2.0, 8.0, 40.0]),
     st.sampled_from([512, 4096, 8192]),
-)  # fmt: skip
+)
 
 
 @given(models)
@@ -184,7 +184,7 @@ def test_scaled_frequencies_are_hugging_faces(model):
                 "original_max_position_embeddings": length, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             }, {}),
         )
-    }  # fmt: skip
+    }
     longer = scaling.dynamic_ntk_base(d, base, factor, 3 * length, length)
     ours = {
         "linear": (scaling.interpolated(theta, factor), 1.0),

@@ -49,7 +49,7 @@ ANSWERS = {
             lambda d, base, s: -base,
         ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -27,13 +27,13 @@ def reference(q, k, cos, sin, layout, upstream):
 kernel_sizes = st.tuples(
     st.integers(0, 2), st.integers(0, 4), st.integers(1, 5), st.integers(1, 3),
     st.sampled_from([2, 6, 16, 40]),
-)  # fmt: skip
+)
 
 
 @given(
     kernel_sizes, st.sampled_from(kernel.LAYOUTS), st.sampled_from(kernel.DTYPES), st.booleans(),
     st.sampled_from(["BSHD", "BHSD", "sliced"]),
-)  # fmt: skip
+)
 @settings(max_examples=40, deadline=None)
 def test_kernel_forward_and_backward_against_float64(shape, layout, dtype, per_batch, strides):
     batch, tokens, q_heads, k_heads, d = shape
@@ -133,7 +133,7 @@ def test_kernel_writes_nothing_outside_its_outputs(layout):
     kernel.rope_kernel[(tokens, 2)](
         x, x, *guarded, cos, sin, tokens, heads, heads, *x.stride()[:3], *x.stride()[:3], 0, d // 2,
         D=d, WIDE=4, ROWS=4, INTERLEAVED=layout == "interleaved", BACKWARD=False,
-    )  # fmt: skip
+    )
     turned = kernel.rope(x, x, cos, sin, layout)
     for buffer, out in zip(guarded, turned, strict=True):
         assert torch.equal(buffer[: x.numel()].view_as(out), out)

@@ -169,7 +169,7 @@ def test_a_quiz_answers_through_the_kernel_without_stack(monkeypatch):
 
 @pytest.mark.parametrize("feedback", [{"one": "x"}, {"one": "x", "two": " "}])
 def test_a_quiz_without_alternatives_or_feedback_is_refused(feedback):
-    with pytest.raises(ValueError, match="a quiz needs|every choice needs"):
+    with pytest.raises(ValueError, match=r"a quiz needs|every choice needs"):
         quiz("Which?", feedback)
 
 

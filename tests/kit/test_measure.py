@@ -53,7 +53,7 @@ def test_relative_error_against_numpy_and_nan():
     assert not measure.relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])) <= 1e9
 
 
-@pytest.fixture()
+@pytest.fixture
 def source(monkeypatch):
     found = {
         "device": "NVIDIA Test 1", "capability": "sm_99", "memory_gb": 1.0, "driver": "1", "cuda": "13", "torch": "2",

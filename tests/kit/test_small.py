@@ -54,7 +54,8 @@ def test_every_number_of_the_hardware_table_has_a_source_and_its_arithmetic_hold
 
 def test_the_peak_rates_follow_from_units_and_clock():
     """SMs × FMA per clock × 2 × boost clock, from the vendors' architecture papers."""
-    for name, fma, ghz in (("A100-80 SXM", 1024, 1.41), ("H100 SXM", 2048, 1.83), ("RTX 4090", 256, 2.52), ("T4", 512, 1.59)):
+    chips = (("A100-80 SXM", 1024, 1.41), ("H100 SXM", 2048, 1.83), ("RTX 4090", 256, 2.52), ("T4", 512, 1.59))
+    for name, fma, ghz in chips:
         g = gpu(name)
         assert g.half == pytest.approx(g.sms * fma * 2 * ghz / 1000, rel=2e-3)
 

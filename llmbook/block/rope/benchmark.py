@@ -90,7 +90,7 @@ def _case(size: Size, dtype: torch.dtype, device: torch.device) -> Case:
     positions = torch.arange(first, first + tokens, device=device)
     inputs = (
         random(q_heads).requires_grad_(), random(k_heads).requires_grad_(), *tables(positions, theta)
-    )  # fmt: skip
+    )
     upstream = (random(q_heads), random(k_heads))
 
     def call(function: Function) -> Callable[[], Grads]:
@@ -115,4 +115,4 @@ def _case(size: Size, dtype: torch.dtype, device: torch.device) -> Case:
         # The tables are read once per token of the sequence, not of the batch: L2 holds them.
         2 * fused_bytes(batch * tokens, heads, d, dtype.itemsize, table=0) + 2 * fused_bytes(tokens, 0, d, 0),
         {"eager PyTorch": call(eager), "torch.compile": call(compiled), "copy of the same bytes": copy},
-    )  # fmt: skip
+    )

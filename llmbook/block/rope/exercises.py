@@ -84,7 +84,7 @@ def renumber_cache(answer: Callable[[Tensor, int, float], Tensor]) -> str:
             rotate_interleaved(old, *tables(torch.full((6,), -by), theta, torch.float64)),
         "key j was turned by j, not by `by`.":
             rotate_half_split(old, *tables(-torch.arange(6), theta, torch.float64)),
-    }  # fmt: skip
+    }
     for words, result in wrong.items():
         expect(not torch.allclose(mine, result), words)
     error = float((mine - new).abs().max())

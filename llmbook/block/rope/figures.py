@@ -294,4 +294,4 @@ EXPLORERS: dict[str, tuple[Any, Any, dict[str, tuple]]] = {
         wavelengths, wavelengths_caption,
         {"method": scaling.METHODS, "factor": (2, 8), "base": (10_000, 500_000)},
     ),
-}  # fmt: skip
+}

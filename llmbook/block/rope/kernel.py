@@ -18,7 +18,7 @@ def _turn(
     x_ptr, out_ptr, x_row, out_row, heads, first, cos, sin,
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-):  # fmt: skip
+):
     """Turn ROWS heads of one token, from head `first` on."""
     # 64 bits: in [B, H, S, d] a head's stride is S·d; H·S·d passes 2³¹.
     row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
@@ -52,7 +52,7 @@ def rope_kernel(
     table_batch, table_token,
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
+):
     """One program: one token, ROWS heads of the queries or of the keys."""
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
@@ -70,13 +70,13 @@ def rope_kernel(
             q_ptr + batch * q_batch + token * q_token,
             q_out_ptr + place * q_heads * D, q_row, D, q_heads,
             block * ROWS, cos, sin, D, WIDE, ROWS, INTERLEAVED,
-        )  # fmt: skip
+        )
     else:
         _turn(
             k_ptr + batch * k_batch + token * k_token,
             k_out_ptr + place * k_heads * D, k_row, D, k_heads,
             (block - q_blocks) * ROWS, cos, sin, D, WIDE, ROWS, INTERLEAVED,
-        )  # fmt: skip
+        )
 
 
 class Rope(torch.autograd.Function):
@@ -86,7 +86,7 @@ class Rope(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
         interleaved: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)  # and neither q nor k
         ctx.interleaved = interleaved
         return launch(q, k, cos, sin, interleaved, backward=False)
@@ -104,7 +104,7 @@ class Rope(torch.autograd.Function):
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
     layout: str = "half_split",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys in one launch; differentiable in both.
 
     Args:
@@ -130,7 +130,7 @@ def rope(
 def launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool,
     backward: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Allocate the outputs and start one program per token and block of heads."""
     q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
     if cos.stride() != sin.stride():
@@ -147,7 +147,7 @@ def launch(
             q, k, q_out, k_out, cos, sin, tokens, q_heads, k_heads, *q.stride()[:3], *k.stride()[:3],
             table_batch, cos.stride(-2), D=d, WIDE=wide, ROWS=rows, INTERLEAVED=interleaved,
             BACKWARD=backward, num_warps=4,
-        )  # fmt: skip
+        )
     return q_out, k_out
 
 
@@ -187,11 +187,11 @@ def _build(d: int, dtype: str, interleaved: bool, backward: bool) -> Build:
     signature = {
         **pointers, "cos_ptr": "*fp32", "sin_ptr": "*fp32",
         **dict.fromkeys((*numbers, "table_batch", "table_token"), "i32"),
-    }  # fmt: skip
+    }
     wide = triton.next_power_of_2(d // 2)
     constants = {
         "D": d, "WIDE": wide, "ROWS": _rows(wide, 32), "INTERLEAVED": interleaved, "BACKWARD": backward,
-    }  # fmt: skip
+    }
     return Build(rope_kernel, signature, lambda sm: constants)  # the same on every generation
 
 
@@ -201,4 +201,4 @@ BUILDS = [
         (128, "fp16", False, False), (128, "fp16", False, True), (128, "fp16", True, False),
         (128, "bf16", False, False), (64, "bf16", True, False), (96, "fp16", True, True),
     )
-]  # fmt: skip
+]

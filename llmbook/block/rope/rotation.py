@@ -31,7 +31,7 @@ def frequencies(head_dim: int, base: float = 10_000.0) -> Tensor:
 def tables(
     positions: Tensor, theta: Tensor, dtype: torch.dtype = torch.float32,
     attention_factor: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """cos(mθ_i) and sin(mθ_i) for every position m and pair i.
 
     Args:

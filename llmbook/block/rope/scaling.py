@@ -46,7 +46,7 @@ def dynamic_ntk_base(
 def by_parts(
     theta: Tensor, factor: float, trained: int,
     slow: float = 1.0, fast: float = 32.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """NTK-by-parts interpolation as the YaRN paper (Peng et al. 2023) has it.
 
     A pair that makes r = L·θ/2π turns in training is left alone if r is
@@ -62,7 +62,7 @@ def by_parts(
 def yarn(
     head_dim: int, base: float, factor: float, trained: int,
     slow: float = 1.0, fast: float = 32.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """YaRN's frequencies as its authors' code and Hugging Face have them.
 
     The same idea as `by_parts`, but the blend is linear in the pair's

@@ -15,7 +15,7 @@ def standard_backward(
     Q: Tensor, K: Tensor, V: Tensor, P: Tensor, dO: Tensor, mem: Memory
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from the P that the forward left in HBM (Algorithm 3): five kernels. Q, K, V, dO: [N, d]; P: [N, N]."""
-    N, d = Q.shape
+    d = Q.shape[1]
     mem.reads += P.numel() + dO.numel()
     dV = P.T @ dO
     mem.writes += dV.numel()
@@ -84,20 +84,20 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, Q: Tensor, K: Tensor, V: Tensor, M: int) -> Tensor:  # type: ignore[no-untyped-def]
         N, d = Q.shape[-2:]
-        heads = [flash_attention(*head, Memory(M), *block_sizes(M, d)) for head in _heads(Q, K, V)]
+        heads = [flash_attention(q, k, v, Memory(M), *block_sizes(M, d)) for q, k, v in _heads(Q, K, V)]
         O, l, m = (torch.stack(parts).reshape(*Q.shape[:-2], N, -1) for parts in zip(*heads, strict=True))
         ctx.save_for_backward(Q, K, V, O, l, m)
         return O
 
     @staticmethod
-    def backward(ctx, dO: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    def backward(ctx, dO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         Q, K, V, O, l, m = ctx.saved_tensors
         # Twice as many tiles are alive as in the forward; the sizes are the caller's concern only there.
         heads = [
             flash_backward(q, k, v, o, do, li, mi, Memory(), 16, 16)
             for q, k, v, o, do, li, mi in _heads(Q, K, V, O, dO, l, m)
         ]
-        return (*(torch.stack(parts).reshape(Q.shape) for parts in zip(*heads, strict=True)), None)  # type: ignore[return-value]
+        return (*(torch.stack(parts).reshape(Q.shape) for parts in zip(*heads, strict=True)), None)
 
 
 def _heads(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

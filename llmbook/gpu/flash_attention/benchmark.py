@@ -74,9 +74,9 @@ def _error(
     """FlashAttention's own rule: no further from fp32 than twice what standard attention in this dtype is."""
     worst, allowed = 0.0, 0.0
     for head in range(min(q.shape[1], 2)):  # two heads of the first sequence: N × N in fp32 has to fit
-        one = [t[:1, head : head + 1] for t in (q, k, v)]
-        exact = standard(*(t.float() for t in one), causal)
+        q1, k1, v1 = (t[:1, head : head + 1] for t in (q, k, v))
+        exact = standard(q1.float(), k1.float(), v1.float(), causal)
         error = (out[:1, head : head + 1].float() - exact).abs().max()
         worst = float("nan") if error.isnan() else max(worst, float(error))
-        allowed = max(allowed, 2 * float((standard(*one, causal).float() - exact).abs().max()) + 1e-5)
+        allowed = max(allowed, 2 * float((standard(q1, k1, v1, causal).float() - exact).abs().max()) + 1e-5)
     return worst, allowed

@@ -18,7 +18,8 @@ def blocks_for_a_chip(answer: Callable[[int, int], tuple[int, int]]) -> str:
     for M, d in CHIPS:
         Bc, Br = answer(M, d)
         expect(
-            Br == min(Bc, d), f"for M={M}, d={d} you gave B_c={Bc}, B_r={Br}, but B_r should be min(B_c, d)={min(Bc, d)}"
+            Br == min(Bc, d),
+            f"for M={M}, d={d} you gave B_c={Bc}, B_r={Br}, but B_r should be min(B_c, d)={min(Bc, d)}",
         )
         peak = sram_peak(Bc, Br, d)
         expect(peak <= M, f"for M={M}, d={d} your B_c={Bc} needs {peak} elements, {peak - M} more than there are")
@@ -42,14 +43,17 @@ def merge_two_blocks(answer: Callable[..., tuple[torch.Tensor, torch.Tensor, tor
             l = e.sum(1, keepdim=True)
             parts += [e @ V[keys] / l, l, m]
         O, l, m = answer(*parts)
-        expect(bool(torch.isfinite(O).all()), f"with scores {shift:g} apart O has inf or nan: subtract the new maximum")
+        finite = bool(torch.isfinite(O).all())
+        expect(finite, f"with scores {shift:g} apart O has inf or nan: subtract the new maximum")
         wanted_m = S.amax(1, keepdim=True)
         expect(torch.equal(m, wanted_m), "m is not the larger of the two maxima")
         wanted_l = (S - wanted_m).exp().sum(1, keepdim=True)
-        expect(torch.allclose(l, wanted_l), "l is off: each block's sum must be rescaled from its own maximum to the new one")
+        rescale = "l is off: each block's sum must be rescaled from its own maximum to the new one"
+        expect(torch.allclose(l, wanted_l), rescale)
         wanted = S.softmax(1) @ V
         off = float((O - wanted).abs().max())
-        expect(torch.allclose(O, wanted), f"O is off by {off:.3g}: weigh each block's O by its rescaled l, divide by the new l")
+        weigh = "weigh each block's O by its rescaled l, divide by the new l"
+        expect(torch.allclose(O, wanted), f"O is off by {off:.3g}: {weigh}")
     return "exact, and finite when the scores are 2,000 apart."
 
 
@@ -60,12 +64,10 @@ def traffic_of_the_other_order(answer: Callable[[int, int, int], int]) -> str:
         blocks = -(-N // Br)
         wanted = 2 * N * d + blocks * 2 * N * d
         given = answer(N, d, Br)
-        expect(
-            given != flash_traffic(N, d, Br), "that is Algorithm 1's own traffic; here O is not re-read, but K and V are"
-        )
-        expect(
-            given == wanted, f"for N={N}, d={d}, B_r={Br}: {given:,} instead of {wanted:,}; count Q and O once, K and V per block of Q"
-        )
+        own = "that is Algorithm 1's own traffic; here O is not re-read, but K and V are"
+        expect(given != flash_traffic(N, d, Br), own)
+        count = "count Q and O once, K and V per block of Q"
+        expect(given == wanted, f"for N={N}, d={d}, B_r={Br}: {given:,} instead of {wanted:,}; {count}")
     return "K and V are read once per block of Q, and O is written once."
 
 
@@ -82,5 +84,6 @@ def causal_flash_attention(answer: Callable[..., torch.Tensor]) -> str:
         expect(off < 1e-12, f"for N={N}, B_c={Bc}, B_r={Br} the output is off by {off:.3g}")
         full = flash_traffic(N, d, Bc)
         moved = mem.reads + mem.writes
-        expect(N <= Br or moved < full, f"right, but {moved:,} elements moved, as many as without the mask: skip the hidden tiles")
+        skip = f"right, but {moved:,} elements moved, as many as without the mask: skip the hidden tiles"
+        expect(Br >= N or moved < full, skip)
     return "right, and the hidden tiles are never loaded."

@@ -12,12 +12,24 @@ from llmbook.kit.hardware import GPUS, SHARED_PER_BLOCK, gpu
 from llmbook.kit.style import BLUE, COLORS, GREY, ORANGE, RED, plot
 from llmbook.kit.trace import trace
 
-from . import eleven_steps, forward
-from .forward import Memory, block_sizes, flash_attention, flash_traffic, paper_block_sizes, sram_peak, standard_attention, standard_traffic
+from . import eleven_steps
+from .forward import (
+    Memory,
+    block_sizes,
+    flash_attention,
+    flash_traffic,
+    paper_block_sizes,
+    sram_peak,
+    standard_attention,
+    standard_traffic,
+)
 
 WIDTH, CODE = 800, 396
 # Lines after which the stepper stops; the lines between two stops are shown together.
-FLASH_STOPS = ("m = mem.new", "Vj =", "Qi =", "S =", 'mem.free("Q")', "lt =", "ln =", "Oi = (", "mem.store(m", "mem.free_all", 'mem.free("K"')
+FLASH_STOPS = (
+    "m = mem.new", "Vj =", "Qi =", "S =", 'mem.free("Q")', "lt =", "ln =", "Oi = (", "mem.store(m", "mem.free_all",
+    'mem.free("K"',
+)
 STANDARD_STOPS = ("Kall =", "Vall =", "mem.store", "mem.free", "Qi =", "Si = mem.load", "Pi = mem.load")
 
 
@@ -194,7 +206,7 @@ def _matrices(frame: Frame, N: int, d: int, Bc: int, Br: int, *, flash: bool) ->
         for r, value in enumerate(values):
             lit = {"bold": True} if r in rows and len(frame.live) > 2 else {"opacity": 0.75}
             shown = "−∞" if value == float("-inf") else f"{value:.1f}".replace("-", "−")
-            parts += draw.text(x, y_s + r * cell + cell * 0.7, shown, anchor="middle", size=12, **lit)  # type: ignore[arg-type]
+            parts += draw.text(x, y_s + r * cell + cell * 0.7, shown, anchor="middle", size=12, **lit)
     return parts
 
 
@@ -245,8 +257,10 @@ def traffic(d: int, chip: str) -> Any:
     Bc, _ = block_sizes(M, d)
     lengths = [2**k for k in range(7, 18)]
     with plot(7.4, 3.8) as (figure, axes):
-        axes.loglog(lengths, [2 * standard_traffic(n, d) / 1e6 for n in lengths], "o-", color=ORANGE, label="standard")
-        axes.loglog(lengths, [2 * flash_traffic(n, d, Bc) / 1e6 for n in lengths], "s-", color=BLUE, label="FlashAttention")
+        plain = [2 * standard_traffic(n, d) / 1e6 for n in lengths]
+        tiled = [2 * flash_traffic(n, d, Bc) / 1e6 for n in lengths]
+        axes.loglog(lengths, plain, "o-", color=ORANGE, label="standard")
+        axes.loglog(lengths, tiled, "s-", color=BLUE, label="FlashAttention")
         n = lengths[-1]
         ratio = standard_traffic(n, d) / flash_traffic(n, d, Bc)
         axes.annotate(

@@ -50,7 +50,8 @@ class Memory:
         """
         if over is not None:
             if self._size(over) < tile.numel():
-                raise SramError(f"{name} ({tile.numel()}) is larger than {over} ({self.live[over]}) and cannot replace it")
+                larger = f"{name} ({tile.numel()}) is larger than {over} ({self.live[over]})"
+                raise SramError(f"{larger} and cannot replace it")
             del self.live[over]
         if name in self.live:
             raise SramError(f"{name} is already in SRAM: free it before loading the next one")

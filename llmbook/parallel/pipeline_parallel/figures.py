@@ -24,7 +24,7 @@ def make(name: str, ranks: int, micros: int) -> Schedule:
     if name == "interleaved 1F1B":
         return interleaved(ranks, micros, 2)
     return {"naive": naive(ranks), "GPipe": gpipe(ranks, micros), "1F1B": one_f_one_b(ranks, micros),
-            "GPipe, recomputing": with_recompute(gpipe(ranks, micros))}[name]  # fmt: skip
+            "GPipe, recomputing": with_recompute(gpipe(ranks, micros))}[name]
 
 
 def timed(name: str, ranks: int, micros: int, ratio: float) -> Timeline:
@@ -74,7 +74,7 @@ def held(y: float, height: float, timeline: Timeline, unit: int = 1) -> draw.Ele
         shapes.append(svg.Path(
             fill="none", stroke=style.PURPLE, stroke_width=1.5, stroke_dasharray=[4, 2],
             extra={"d": "".join(thin)},
-        ))  # fmt: skip
+        ))
     return shapes
 
 
@@ -132,7 +132,7 @@ def overview(schedule: str, ranks: int, micro_batches: int, forward_to_backward:
         WIDTH, under + ranks * low + 4, legend(7, pieces), side, heads,
         lanes(top, tall, timeline, width=WIDTH - RIGHT, unit=unit),
         held(under, low, timeline, unit),
-    )  # fmt: skip
+    )
 
 
 def overview_caption(schedule: str, ranks: int, micro_batches: int, forward_to_backward: str) -> str:
@@ -253,7 +253,7 @@ def both(timeline: Timeline, run: Run, unit: float) -> svg.SVG:
         lanes(24, tall, timeline, until=until),
         draw.text(LABEL, low - 9, logged, bold=True),
         draw.timeline(0, low, WIDTH, tall, real, names, until=until, label_width=LABEL, gap=4), [wires],
-    ]  # fmt: skip
+    ]
     return draw.canvas(WIDTH, low + schedule.ranks * tall + 4, *parts)
 
 

@@ -41,7 +41,7 @@ class Rank:
     def __init__(
         self, comm: Comm, schedule: Schedule, modules: Mapping[int, nn.Module] | Sequence[nn.Module],
         inputs: Tensor, targets: Tensor, loss: Loss, hidden: Sequence[int] | None, pace: Mapping[str, float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         if comm.size != schedule.ranks:
             raise ValueError(f"{schedule.name} is for {schedule.ranks} ranks, but {comm.size} run")
         if len(inputs) != len(targets) or len(inputs) < schedule.micros:

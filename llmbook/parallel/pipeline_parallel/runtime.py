@@ -67,7 +67,7 @@ def pipeline_step(
     comm: Comm, schedule: Schedule, modules: Mapping[int, nn.Module] | Sequence[nn.Module], inputs: Tensor,
     targets: Tensor, loss: Loss, *, hidden: Sequence[int] | None = None,
     pace: Mapping[str, float] | None = None, worker: type[Rank] = Worker,
-) -> Report:  # fmt: skip
+) -> Report:
     """This rank's part of one training step: `ranks.run(pipeline_step, p, schedule, …)`.
 
     Args:

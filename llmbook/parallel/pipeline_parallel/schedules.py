@@ -137,7 +137,7 @@ def interleaved(ranks: int, micros: int, chunks: int = 2) -> Schedule:
         raise ValueError(
             f"micro-batches pass in groups of {ranks}, one per rank; "
             f"{micros} do not divide into such groups"
-        )  # fmt: skip
+        )
     if chunks < 2:
         raise ValueError(f"interleaving needs 2 chunks or more, not {chunks}")
     ops, each = [], micros * chunks
