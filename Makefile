@@ -21,7 +21,7 @@ $(VENV)/.all: $(VENV)/.book
 
 book: $(VENV)/.book
 	$(PY) -m tools.assets
-	$(VENV)/bin/jupyter-book build . --path-output . -n -W --keep-going -q
+	$(VENV)/bin/jupyter-book build . --path-output . --all -n -W --keep-going -q
 	@echo "The book: $(CURDIR)/_build/html/index.html"
 
 serve: book

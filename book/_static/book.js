@@ -1,7 +1,9 @@
 // The theme's Font Awesome replaces <i> by <svg>, after which ipywidgets' Play button cannot set its class and every
-// linked widget dies. Nesting the drawing inside the <i> keeps both alive, whichever script comes first.
-window.FontAwesomeConfig = { autoReplaceSvg: "nest" };
-if (window.FontAwesome) window.FontAwesome.config.autoReplaceSvg = "nest";
+// linked widget dies. Nesting the drawing inside the <i> keeps both alive, whichever script comes first; and once the
+// page is loaded nothing more is drawn, or each step of a Play button would add another icon to it.
+const icons = { autoReplaceSvg: "nest", observeMutations: false };
+window.FontAwesomeConfig = icons;
+if (window.FontAwesome) Object.assign(window.FontAwesome.config, icons);
 
 // ipywidgets typesets through MathJax 2's queue; hand its jobs to the MathJax 3 that is here.
 window.addEventListener("load", () => {

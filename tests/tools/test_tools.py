@@ -43,6 +43,8 @@ def test_a_new_address_is_stamped_everywhere(copy):
         path.write_text(text)
     assert book.repository(copy) == "https://github.com/some-one/a.fork"
     for path in [*copy.glob("*.*"), *copy.glob("notebooks/*/*.ipynb")]:
+        if path.is_dir():
+            continue
         assert old not in path.read_text(), path
     for chapter in book.chapters(copy):
         text = chapter.notebook.read_text()

@@ -4,7 +4,10 @@ import torch
 
 
 def running_mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean of values[: i + 1] for every i, in one pass. values: [n], float; returns [n].
+    """The mean of values[: i + 1] for every i, in one pass.
+
+    Args:
+        values: [n], float. Returns the same shape.
 
     Raises:
         ValueError: values is not a vector.
