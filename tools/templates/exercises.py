@@ -15,5 +15,6 @@ def update_a_mean(answer: Callable[[float, int, float], float]) -> str:
     for n, value in enumerate(values.tolist()):
         mean = answer(mean, n, value)
         wanted = float(values[: n + 1].mean())
-        expect(abs(mean - wanted) < 1e-12, f"after {n + 1} values the mean is {wanted:.3f}, but you gave {mean:.3f}")
+        told = f"after {n + 1} values the mean is {wanted:.3f}, but you gave {mean:.3f}"
+        expect(abs(mean - wanted) < 1e-12, told)
     return "right at every step."
