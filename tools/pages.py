@@ -1,10 +1,11 @@
-"""Write the pages and tables that are data: README's chapters, hardware, errata, glossary, reading.
+"""Write the pages and tables that are data: README's and the index's chapters, hardware, errata, glossary, reading.
 
 `python -m tools.pages` rewrites them; with --check it only compares. They are committed, so that a reader of the
 repository sees them too, and a test holds them equal to what this writes.
 """
 
 import argparse
+import base64
 import re
 import sys
 from collections.abc import Callable
@@ -28,9 +29,35 @@ def readme() -> str:
     for chapter in chapters():
         badge = f"[![Open in Colab](book/_static/colab.svg)]({colab_link(chapter)})"
         rows.append(f"| [{chapter.title()}]({chapter.file}.ipynb) | {chapter.question()} | {badge} |")
-    text = (ROOT / "README.md").read_text()
+    return _between((ROOT / "README.md").read_text(), rows)
+
+
+def _between(text: str, lines: list[str]) -> str:
+    """The text with these lines between its marks."""
     start, end = (text.index(mark) for mark in MARKS)
-    return text[:start] + MARKS[0] + "\n" + "\n".join(rows) + "\n" + text[end:]
+    return text[:start] + MARKS[0] + "\n\n" + "\n".join(lines) + "\n\n" + text[end:]
+
+
+def index() -> str:
+    """book/index.md with a card for each chapter: its first picture, its title, its question."""
+    cards = []
+    for chapter in chapters():
+        cards += [
+            f":::{{grid-item-card}} {chapter.title()}", f":link: ../{chapter.file}", ":link-type: doc",
+            f":img-top: _static/stills/{chapter.name}.png", f":img-alt: {chapter.title()}", "", chapter.question(), ":::", "",
+        ]
+    grid = ["::::{grid} 1 1 2 2", ":gutter: 3", "", *cards, "::::"]
+    return _between((ROOT / "book/index.md").read_text(), grid)
+
+
+def stills() -> dict[Path, bytes]:
+    """Each chapter's first picture, as its stored notebook has it."""
+    found = {}
+    for chapter in chapters():
+        outputs = [o for cell in nbformat.read(chapter.notebook, as_version=4).cells for o in cell.get("outputs", [])]
+        first = next(o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {}))
+        found[ROOT / f"book/_static/stills/{chapter.name}.png"] = base64.b64decode(first)
+    return found
 
 
 def hardware() -> str:
@@ -39,14 +66,22 @@ def hardware() -> str:
         "Peak rates as the vendors print them, dense: pages that show the 2:4-sparse figure show twice as much. GB is 10⁹ bytes,",
         "KiB and MiB are powers of two. The ridge is the arithmetic intensity above which half-precision work is compute-bound:",
         "rate ÷ bandwidth. Every chapter that needs one of these numbers takes it from `llmbook.kit.hardware`, the source of this page.\n",
-        "| GPU | sm | fp16 TFLOP/s | bf16 | fp32 TFLOP/s | memory GB | GB/s | ridge FLOP/B | L2 MiB | shared/SM KiB | shared/block B | SMs | NVLink GB/s | source |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "## Rates\n",
+        "| GPU | sm | fp16 TFLOP/s | bf16 too | fp32 TFLOP/s | memory GB | GB/s | ridge FLOP/B | source |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for g in GPUS:
-        lines.append(
-            f"| {g.name} | {g.sm} | {g.half:g} | {'yes' if g.bf16 else 'no'} | {g.single:g} | {g.memory:g} | {g.bandwidth:,} | "
-            f"{g.ridge:.0f} | {g.l2:g} | {g.shared} | {SHARED_PER_BLOCK[g.sm]:,} | {g.sms} | {g.nvlink or '–'} | [page]({g.source}) |"
-        )
+    lines += [
+        f"| {g.name} | {g.sm} | {g.half:,g} | {'yes' if g.bf16 else 'no'} | {g.single:g} | {g.memory:g} | "
+        f"{g.bandwidth:,} | {g.ridge:.0f} | [page]({g.source}) |"
+        for g in GPUS
+    ]
+    lines += [
+        "\n## Sizes\n", "| GPU | SMs | L2 MiB | shared memory per SM, KiB | per block at most, B | NVLink GB/s, both ways |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {g.name} | {g.sms} | {g.l2:g} | {g.shared} | {SHARED_PER_BLOCK[g.sm]:,} | {g.nvlink or '–'} |" for g in GPUS
+    ]
     lines += [
         "\nShared memory per block: the CUDA programming guide's table of compute capabilities; the driver keeps 1 KiB of each SM's",
         "for itself from sm_80 on. The T4's datasheet prints 300 GB/s; 320 is memory clock × width, and what its product page",
@@ -132,7 +167,7 @@ def _where(name: str, known: dict[str, Chapter]) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "README.md": readme, "book/hardware.md": hardware, "book/errata.md": errata, "book/glossary.md": glossary,
+    "README.md": readme, "book/index.md": index, "book/hardware.md": hardware, "book/errata.md": errata, "book/glossary.md": glossary,
     "book/reading.md": reading,
 }
 
@@ -140,7 +175,8 @@ PAGES: dict[str, Callable[[], str]] = {
 def stale() -> list[Path]:
     """The pages that differ from what their data says."""
     paths = [(ROOT / name, write) for name, write in PAGES.items()]
-    return [path for path, write in paths if not path.exists() or path.read_text() != _tidy(write())]
+    pages = [path for path, write in paths if not path.exists() or path.read_text() != _tidy(write())]
+    return pages + [path for path, png in stills().items() if not path.exists() or path.read_bytes() != png]
 
 
 def _tidy(text: str) -> str:
@@ -158,6 +194,9 @@ def main() -> int:
         return 1 if stale() else 0
     for name, write in PAGES.items():
         (ROOT / name).write_text(_tidy(write()))
+    for path, png in stills().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
     return 0
 
 
