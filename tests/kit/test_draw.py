@@ -42,6 +42,12 @@ def test_a_timeline_is_to_scale():
     assert widths == pytest.approx([100, 100, 200])
 
 
+def test_a_timeline_labels_what_has_room():
+    spans = [draw.Span(0, 0, 1, "F", "7"), draw.Span(0, 1, 1.01, "F", "8")]
+    root = parse(draw.timeline(0, 0, 364, 30, spans, ["rank 0"], until=3))
+    assert [element.text for element in root.iter(f"{SVG}text")] == ["rank 0", "7"]
+
+
 def test_a_ledger_shows_an_overflow_beyond_its_end():
     root = parse(draw.ledger(0, 0, 100, 20, [draw.Bar("a", 60, "Q"), draw.Bar("b", 60, "K")], 100))
     pieces = [rect for rect in root.iter(f"{SVG}rect") if rect.get("fill") != "none"]
