@@ -23,6 +23,9 @@ def verbatim(source: str) -> str | None:
         objects = [getattr(module, name) for name in names]
     except (ImportError, AttributeError) as error:
         raise ValueError(f"the cell header {first!r} names what is not there: {error}") from error
+    # Only what has a `def` or `class` has a source to show.
+    if bare := [name for name, thing in zip(names, objects, strict=True) if not hasattr(thing, "__name__")]:
+        raise ValueError(f"the cell header {first!r} names {bare[0]}, which is neither a function nor a class")
     # A Triton kernel is a wrapper; its source is that of the function inside, decorator included.
     parts = [inspect.getsource(getattr(thing, "fn", thing)).rstrip() for thing in objects]
     return first + "\n" + "\n\n\n".join(parts)

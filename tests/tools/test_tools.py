@@ -115,6 +115,8 @@ def test_verbatim_cells():
     assert verbatim("# a comment: with words\nx") is None
     with pytest.raises(ValueError, match="names what is not there"):
         verbatim("# llmbook.kit.exercise: nothing_here")
+    with pytest.raises(ValueError, match="TARGETS, which is neither"):
+        verbatim("# llmbook.kit.ahead: TARGETS")
 
 
 def test_staleness_ignores_fonts_but_not_pictures():
