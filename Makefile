@@ -34,7 +34,7 @@ test: $(VENV)/.all
 	$(PY) -m tools.check
 
 notebooks: $(VENV)/.all
-	$(PY) -m tools.refresh $(NOTEBOOK)
+	$(PY) -m tools.refresh --jobs 2 $(NOTEBOOK)
 	$(PY) -m tools.pages
 
 pages: $(VENV)/.all

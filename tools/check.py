@@ -42,7 +42,7 @@ def stages() -> list[Stage]:
         Stage("import contracts", [str(BIN / "lint-imports")]),
         Stage("unit, property, reference, hygiene, kernels", [*pytest, "-m", "not site", "tests"], junit=True),
         Stage("notebooks replayed (nbval)", [*pytest, *nbval, *notebooks], junit=True),
-        Stage("notebooks fresh", [sys.executable, "-m", "tools.refresh", "--check"]),
+        Stage("notebooks fresh", [sys.executable, "-m", "tools.refresh", "--check", "--jobs", WORKERS]),
         Stage("the book builds", ["make", "book"]),
         Stage("the site in a browser", [*pytest, "-m", "site", "tests/book"], junit=True),
     ]

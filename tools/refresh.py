@@ -10,7 +10,9 @@ import difflib
 import json
 import os
 import re
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def refresh(chapter: Chapter) -> str:
     os.environ.update(environment)  # the stored run is the one every machine can repeat: without a GPU
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", coalesce_streams=True, store_widget_state=True,
-        resources={"metadata": {"path": str(chapter.notebook.parent)}},
+        resources={"metadata": {"path": str(chapter.notebook.parent)}}, extra_arguments=["--log-level=40"],
     )
     client.execute()
     add_stills(notebook)
@@ -123,9 +125,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.refresh", description=__doc__)
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a notebook is stale")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time, each in a process of its own")
     chosen = parser.parse_args(arguments)
     # A notebook may be refreshed before `_toc.yml` lists it.
     wanted = [Chapter(path.resolve().parent.name, path.stem) for path in chosen.notebooks] or chapters()
+    if chosen.jobs > 1 and len(wanted) > 1:
+        return _side_by_side(wanted, chosen.check, chosen.jobs)
     failed = 0
     for chapter in wanted:
         before = chapter.notebook.read_text()
@@ -147,6 +152,17 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(f"{chapter.file}: fresh")
     return 1 if failed else 0
+
+
+def _side_by_side(wanted: list[Chapter], check: bool, jobs: int) -> int:
+    def one(chapter: Chapter) -> int:
+        command = [sys.executable, "-m", "tools.refresh", *["--check"] * check, str(chapter.notebook)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(done.stdout + done.stderr, end="", flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return max(pool.map(one, wanted))
 
 
 if __name__ == "__main__":
