@@ -140,10 +140,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{chapter.file}: {error}", file=sys.stderr)
             failed += 1
             continue
+        if comparable(before) == comparable(after):
+            after = before  # what may differ (fonts in PNGs, logged times) is no reason for a diff
         if not chosen.check:
             chapter.notebook.write_text(after)
             print(f"{chapter.file}: {'unchanged' if before == after else 'refreshed'}")
-        elif comparable(before) != comparable(after):
+        elif before != after:
             stored, now = (comparable(text).splitlines() for text in (before, after))
             lines = list(difflib.unified_diff(stored, now, "stored", "now", lineterm="", n=0))[:40]
             print(f"{chapter.file}: stale; run `make notebooks`", file=sys.stderr)
