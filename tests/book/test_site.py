@@ -151,7 +151,7 @@ def test_a_page_is_accessible_and_its_pictures_follow_the_theme(name, watched):
     for theme in ("light", "dark"):
         page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
         page.wait_for_timeout(100)
-        inks.append(page.evaluate("[...document.querySelectorAll('figure.gg svg')].map(s => getComputedStyle(s).color)"))
+        inks.append(page.locator("figure.gg svg").evaluate_all("all => all.map(s => getComputedStyle(s).color)"))
         assert "rgb(0, 0, 0)" not in inks[-1]
     assert all(light != dark for light, dark in zip(*inks, strict=True))
 
