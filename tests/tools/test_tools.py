@@ -155,13 +155,14 @@ def test_the_environment_satisfies_both_the_lock_and_the_ranges():
     from importlib.metadata import requires, version
 
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    locked = {Requirement(line).name.lower().replace("_", "-"): Requirement(line) for line in lines}
+    locked = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
     assert all(str(requirement.specifier).startswith("==") for requirement in locked.values())
     colab = {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.1.3", "matplotlib": "3.10.0", "ipywidgets": "7.7.1"}
     for needed in map(Requirement, requires("llmbook")):
-        name = needed.name.lower()
+        name = canonicalize_name(needed.name)
         exact = str(locked[name].specifier).removeprefix("==")
         assert needed.specifier.contains(exact)
         assert version(name).split("+")[0] == exact
