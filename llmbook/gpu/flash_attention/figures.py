@@ -14,7 +14,6 @@ from llmbook.kit.trace import trace
 
 from . import eleven_steps
 from .forward import (
-    Memory,
     block_sizes,
     flash_attention,
     flash_traffic,
@@ -23,6 +22,7 @@ from .forward import (
     standard_attention,
     standard_traffic,
 )
+from .memory import Memory
 
 WIDTH, CODE = 800, 396
 # Lines after which the stepper stops; the lines between two stops are shown together.

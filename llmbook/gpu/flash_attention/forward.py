@@ -5,7 +5,7 @@ from math import ceil, inf
 import torch
 from torch import exp, maximum
 
-from .memory import Memory, SramError
+from .memory import Memory
 
 Tensor = torch.Tensor
 
@@ -114,9 +114,3 @@ def flash_traffic(N: int, d: int, Bc: int) -> int:
     """Elements moved: K, V once; Q, O, l, m per block of K; O, l, m initialised."""
     Tc = ceil(N / Bc)
     return 2 * N * d + Tc * (3 * N * d + 4 * N) + N * d + 2 * N
-
-
-__all__ = [
-    "Memory", "SramError", "block_sizes", "flash_attention", "flash_traffic", "paper_block_sizes", "sram_peak",
-    "standard_attention", "standard_traffic",
-]
