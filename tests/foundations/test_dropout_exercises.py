@@ -1,9 +1,9 @@
 """The dropout chapter's checkers: each takes its solution and tells wrong answers why they are wrong."""
 
-import pytest
 import torch
 
 from llmbook.foundations.dropout import exercises
+from tests.checkers import checker_tests
 
 WIDE, SCORES = 8 * 2048 * 4096, 8 * 32 * 2048 * 2048
 
@@ -59,14 +59,4 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", SOLUTIONS)
-def test_the_solution_is_accepted(name):
-    right, words = getattr(exercises, name).verdict(SOLUTIONS[name])
-    assert right, words
-
-
-@pytest.mark.parametrize(("name", "answer", "words"), [(n, a, w) for n, wrong in WRONG.items() for a, w in wrong])
-def test_a_wrong_answer_is_told_why(name, answer, words):
-    right, told = getattr(exercises, name).verdict(answer)
-    assert not right
-    assert words in told, told
+test_the_solution_is_accepted, test_a_wrong_answer_is_told_why = checker_tests(exercises, SOLUTIONS, WRONG)

@@ -2,10 +2,10 @@
 
 from functools import reduce
 
-import pytest
 import torch
 
 from llmbook.foundations.matrix_calculus import exercises
+from tests.checkers import checker_tests
 
 T, N, M = 2048, 4096, 11008
 SIZE = 2 * T * M * N * M
@@ -53,17 +53,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", SOLUTIONS)
-def test_the_solution_is_accepted(name):
-    right, words = getattr(exercises, name).verdict(SOLUTIONS[name])
-    assert right, words
-
-
-@pytest.mark.parametrize(("name", "answer", "words"), [(n, a, w) for n, wrong in WRONG.items() for a, w in wrong])
-def test_a_wrong_answer_is_told_why(name, answer, words):
-    right, told = getattr(exercises, name).verdict(answer)
-    assert not right
-    assert words in told, told
+test_the_solution_is_accepted, test_a_wrong_answer_is_told_why = checker_tests(exercises, SOLUTIONS, WRONG)
 
 
 def test_no_two_mistakes_about_bytes_are_one_number():

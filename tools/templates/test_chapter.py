@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from llmbook.PART.NAME import exercises
 from llmbook.PART.NAME.mechanism import running_mean
+from tests.checkers import checker_tests
 
 
 @given(st.lists(st.floats(-100, 100), min_size=0, max_size=20))
@@ -21,17 +22,12 @@ def test_a_matrix_is_refused():
         running_mean(torch.ones(2, 2))
 
 
-def test_the_solution_is_accepted():
-    assert exercises.update_a_mean.verdict(lambda mean, n, value: (mean * n + value) / (n + 1))[0]
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        lambda mean, n, value: (mean + value) / 2,
-        lambda mean, n, value: mean * n + value,
-        lambda mean, n, value: (mean * n + value) / max(n, 1),
+SOLUTIONS = {"update_a_mean": lambda mean, n, value: (mean * n + value) / (n + 1)}
+WRONG = {
+    "update_a_mean": [
+        (lambda mean, n, value: (mean + value) / 2, "but you gave"),
+        (lambda mean, n, value: mean * n + value, "but you gave"),
+        (lambda mean, n, value: (mean * n + value) / max(n, 1), "but you gave"),
     ],
-)
-def test_wrong_answers_are_rejected(answer):
-    assert not exercises.update_a_mean.verdict(answer)[0]
+}
+test_the_solution_is_accepted, test_a_wrong_answer_is_told_why = checker_tests(exercises, SOLUTIONS, WRONG)

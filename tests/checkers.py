@@ -1,0 +1,38 @@
+"""The two tests that every chapter's checkers must pass, made from its SOLUTIONS and its WRONG answers."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llmbook.kit.exercise import Exercise
+
+
+def checker_tests(
+    exercises: ModuleType, solutions: dict[str, Any], wrong: dict[str, list[tuple[Any, str]]]
+) -> tuple[Callable, Callable]:
+    """Tests to bind to names that begin with `test_`: solutions are accepted, wrong answers are told why.
+
+    Args:
+        exercises: a chapter's `exercises` module.
+        solutions: checker's name → the right answer, for every checker of the module.
+        wrong: checker's name → three or more pairs (a plausible wrong answer, words of what the reader is told).
+    """
+    checkers = {name: thing for name, thing in vars(exercises).items() if isinstance(thing, Exercise)}
+    assert set(solutions) == set(wrong) == set(checkers), "every checker needs a solution and wrong answers"
+    assert all(len(answers) >= 3 for answers in wrong.values()), "three plausible wrong answers or more"
+
+    @pytest.mark.parametrize("name", solutions)
+    def accepted(name: str) -> None:
+        right, words = checkers[name].verdict(solutions[name])
+        assert right, words
+        assert checkers[name].verdict(...)[1].startswith("○")
+
+    @pytest.mark.parametrize(("name", "answer", "words"), [(n, a, w) for n, pairs in wrong.items() for a, w in pairs])
+    def told_why(name: str, answer: Any, words: str) -> None:
+        right, told = checkers[name].verdict(answer)
+        assert not right
+        assert words in told, told
+
+    return accepted, told_why
