@@ -20,11 +20,16 @@ TARGETS = (75, 80, 89, 90, 100)
 
 
 def report(*modules: str) -> list[dict[str, Any]]:
-    """Compile the `BUILDS` of these kernel modules for every target, in a fresh process that does not interpret.
+    """Compile the `BUILDS` of these kernel modules for their targets, in a fresh process that does not interpret.
+
+    Args:
+        modules: "llmbook.gpu.flash_attention.kernel" for all its builds; with ":2" for its third alone, with "@90" for
+            sm_90 alone, with both for both.
 
     Returns:
         One row per kernel and target: kernel, sm, shared (bytes), limit (bytes), registers, spills (bytes of local
-        memory per thread), tensor_core (the matrix instruction found in the PTX, or "").
+        memory per thread), warps, and two instructions found in the PTX, or "": tensor_core (the matrix product's)
+        and copy (the asynchronous one from HBM to shared memory).
 
     Raises:
         RuntimeError: the compiler refused a kernel; its message is passed on.
@@ -43,8 +48,20 @@ def kernel_modules() -> list[str]:
     package = Path(__file__).parents[1]
     return sorted(
         ".".join(("llmbook", *path.relative_to(package).with_suffix("").parts))
-        for path in package.glob("*/*/kernel.py")
+        for path in package.glob("*/*/kernel*.py")
     )
+
+
+def _wanted(name: str) -> list[tuple[Any, int]]:
+    """The builds and targets that "module", "module:build", "module@sm" or "module:build@sm" names."""
+    found = re.fullmatch(r"([\w.]+)(?::(\d+))?(?:@(\d+))?", name)
+    if found is None:
+        raise ValueError(f"{name!r} names no kernels: write module, module:build, module@sm or module:build@sm")
+    builds = importlib.import_module(found[1]).BUILDS
+    picked = builds if found[2] is None else [builds[int(found[2])]]
+    return [
+        (build, sm) for build in picked for sm in build.targets or TARGETS if found[3] is None or sm == int(found[3])
+    ]
 
 
 def _compile(build: Any, sm: int) -> dict[str, Any]:
@@ -56,20 +73,23 @@ def _compile(build: Any, sm: int) -> dict[str, Any]:
     signature = {
         name: "constexpr" if name in constants else build.signature[name] for name in build.kernel.arg_names
     }
-    # Triton specialises pointers and sizes that are multiples of 16; assume so, as real tensors are.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(build.kernel.arg_names)
-        if signature[name].startswith("*")
-    }
+    # Triton specialises what is a multiple of 16; assume so of pointers and strides, as real ones are.
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(build.kernel.arg_names):
+        if isinstance(signature[name], tuple):
+            aligned.update({(i, k): [["tt.divisibility", 16]] for k in range(len(signature[name]))})
+        elif signature[name].startswith("*"):
+            aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(build.kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=build.options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=build.options(sm))
     registers, spills = _resources(compiled.asm["cubin"])
     found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    copies = re.findall(r"cp\.async\.bulk\.tensor|cp\.async(?=\.c[ag])", compiled.asm["ptx"])
     return {
         "kernel": build.kernel.__name__, "constants": constants, "sm": sm,
         "shared": compiled.metadata.shared, "limit": SHARED_PER_BLOCK[sm], "registers": registers, "spills": spills,
-        "tensor_core": found[0] if found else "",
+        "warps": compiled.metadata.num_warps, "tensor_core": found[0] if found else "",
+        "copy": copies[0] if copies else "",
     }
 
 
@@ -97,9 +117,7 @@ def main(arguments: list[str]) -> int:
     os.environ["TRITON_INTERPRET"] = "0"  # so that kernel modules do not choose the interpreter for want of a GPU
     as_json = "--json" in arguments
     modules = [argument for argument in arguments if argument != "--json"] or kernel_modules()
-    rows = [
-        _compile(build, sm) for name in modules for build in importlib.import_module(name).BUILDS for sm in TARGETS
-    ]
+    rows = [_compile(build, sm) for name in modules for build, sm in _wanted(name)]
     if as_json:
         print(json.dumps(rows))
         return 0

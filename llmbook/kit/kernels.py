@@ -45,17 +45,20 @@ class Build:
 
     Args:
         kernel: the `@triton.jit` function.
-        signature: argument name → Triton type ("*fp16", "i32", "fp32"); constants are left out.
+        signature: argument name → Triton type ("*fp16", "i32", "fp32", a tuple of them); constants are left out.
         constants: `tl.constexpr` name → value, for the compute capability it is given (75, 80, …), as launchers do.
         num_warps, num_stages: launch options, as the launcher chooses them.
+        options: launch options that depend on the compute capability, instead of those two.
+        targets: compute capabilities × 10 that the kernel is for; None for every generation.
     """
 
     def __init__(
-        self, kernel: Any, signature: dict[str, str], constants: Callable[[int], dict[str, Any]], *,
-        num_warps: int = 4, num_stages: int = 2,
+        self, kernel: Any, signature: dict[str, Any], constants: Callable[[int], dict[str, Any]], *,
+        num_warps: int = 4, num_stages: int = 2, options: Callable[[int], dict[str, int]] | None = None,
+        targets: tuple[int, ...] | None = None,
     ) -> None:
-        self.kernel, self.signature, self.constants = kernel, signature, constants
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.kernel, self.signature, self.constants, self.targets = kernel, signature, constants, targets
+        self.options = options or (lambda sm: {"num_warps": num_warps, "num_stages": num_stages})
 
 
 def capability() -> int:

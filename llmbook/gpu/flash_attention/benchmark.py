@@ -11,6 +11,7 @@ from llmbook.kit.measure import Case
 
 from .forward import flash_traffic, standard_traffic
 from .kernel import block_rows, capability, flash_attention_1
+from .rule import error_by_the_rule, standard
 
 # (batch, heads, N, d): constant tokens per batch, so that only the shape of the work changes.
 SHAPES = ((16, 16, 1024, 64), (4, 16, 4096, 64), (1, 16, 16384, 64), (4, 16, 4096, 128), (64, 16, 1024, 64))
@@ -18,15 +19,6 @@ BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-
-
-def standard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Attention as three operations with S and P in HBM, in the inputs' dtype."""
-    scores = q @ k.mT / q.shape[-1] ** 0.5
-    if causal:
-        n = q.shape[-2]
-        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
-    return scores.softmax(dim=-1) @ v
 
 
 def cases(
@@ -53,7 +45,7 @@ def _case(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Ca
         peers["standard, three kernels"] = lambda: standard(q, k, v, causal)
     return Case(
         "flash_attention_1 forward", sizes, lambda: flash_attention_1(q, k, v, causal)[0],
-        lambda out: _error(out, q, k, v, causal), flops,
+        lambda out: error_by_the_rule([out], (q, k, v), lambda q, k, v: [standard(q, k, v, causal)], times=2), flops,
         flash_traffic(n, d, block) * batch * heads * q.element_size(), peers,
     )
 
@@ -66,17 +58,3 @@ def _with(
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     return call
-
-
-def _error(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-) -> tuple[float, float]:
-    """FlashAttention's own rule: no further from fp32 than twice what standard attention in this dtype is."""
-    worst, allowed = 0.0, 0.0
-    for head in range(min(q.shape[1], 2)):  # two heads of the first sequence: N × N in fp32 has to fit
-        q1, k1, v1 = (t[:1, head : head + 1] for t in (q, k, v))
-        exact = standard(q1.float(), k1.float(), v1.float(), causal)
-        error = (out[:1, head : head + 1].float() - exact).abs().max()
-        worst = float("nan") if error.isnan() else max(worst, float(error))
-        allowed = max(allowed, 2 * float((standard(q1, k1, v1, causal).float() - exact).abs().max()) + 1e-5)
-    return worst, allowed
