@@ -1,0 +1,111 @@
+"""Causal attention with grouped heads, whole or continued from a cache: prefill, chunks and decode are one function."""
+
+import torch
+from torch import Tensor, nn
+
+from llmbook.block.rope.rotation import frequencies, rotate_half_split, tables
+
+from .cache import Cache
+from .heads import Heads
+
+
+def visible(starts: Tensor, counts: Tensor, new: int, keys: int) -> Tensor:
+    """Which keys each new query sees: those up to its own position.
+
+    Args:
+        starts: [B], tokens that each sequence had before.
+        counts: [B], how many of its `new` tokens are real; the rest is padding.
+        new, keys: S and T.
+
+    Returns:
+        [B, S, T], bool. Padding sees nothing.
+    """
+    i = torch.arange(new, device=starts.device)[:, None]
+    j = torch.arange(keys, device=starts.device)
+    return (j <= starts[:, None, None] + i) & (i < counts[:, None, None])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(QKᵀ/√d_h + mask)V, each KV head read once for all its queries.
+
+    Args:
+        q: [B, n_h, S, d_h]; query heads i·n_rep to (i+1)·n_rep − 1 share KV
+            head i.
+        k, v: [B, n_kv, T, d_h].
+        seen: [B, S, T], bool.
+
+    Returns:
+        [B, n_h, S, d_h]; zeros where a query sees no key.
+    """
+    B, n_h, S, d = q.shape
+    n_kv, T = k.shape[1:3]
+    # The queries that share a head become rows of one matrix: K is not copied.
+    rows = q.reshape(B, n_kv, n_h // n_kv * S, d)
+    scores = (rows @ k.mT * d**-0.5).view(B, n_kv, n_h // n_kv, S, T)
+    hidden = ~seen[:, None, None]
+    # The lowest number, not −∞: a row without a key would become NaN.
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    p = scores.softmax(-1).masked_fill(hidden, 0)
+    return (p.view(B, n_kv, n_h // n_kv * S, T) @ v).view(q.shape)
+
+
+class Attention(nn.Module):
+    """MHA, GQA or MQA with RoPE, under Hugging Face's names.
+
+    Args:
+        heads: the sizes.
+        layer: which layer of the cache is its own.
+        base: RoPE's base.
+    """
+
+    theta: Tensor
+
+    def __init__(self, heads: Heads, layer: int = 0, base: float = 1e4) -> None:
+        super().__init__()
+        self.heads, self.layer = heads, layer
+        wide = heads.heads * heads.head_dim
+        narrow = heads.kv_heads * heads.head_dim
+        self.q_proj = nn.Linear(heads.dim, wide, bias=False)
+        self.k_proj = nn.Linear(heads.dim, narrow, bias=False)
+        self.v_proj = nn.Linear(heads.dim, narrow, bias=False)
+        self.o_proj = nn.Linear(wide, heads.dim, bias=False)
+        theta = frequencies(heads.head_dim, base)
+        self.register_buffer("theta", theta, persistent=False)
+
+    def forward(
+        self, x: Tensor, cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from new tokens to themselves and to what the cache holds.
+
+        x: [B, S, D], any S, 0 too. counts: [B], how many tokens of each row
+        are real; all, if not given. Returns [B, S, D], zeros for padding.
+        """
+        B, S = x.shape[:2]
+        counts = new_tokens(counts, B, S, x.device)
+        starts = torch.zeros_like(counts)
+        if cache is not None:
+            starts = cache.lengths[self.layer].clone()
+        at = starts[:, None] + torch.arange(S, device=x.device)
+        angles = tables(at, self.theta, x.dtype)
+        q = rotate_half_split(self.split(self.q_proj(x)), *angles).transpose(1, 2)
+        k = rotate_half_split(self.split(self.k_proj(x)), *angles).transpose(1, 2)
+        v = self.split(self.v_proj(x)).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v, counts, self.layer)
+        o = attend(q, k, v, visible(starts, counts, S, k.shape[2]))
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, S, n·d_h] → [B, S, n, d_h], a view."""
+        d = self.heads.head_dim
+        return x.view(*x.shape[:2], x.shape[2] // d, d)
+
+
+def new_tokens(counts: Tensor | None, B: int, S: int, device: torch.device) -> Tensor:
+    """`counts`, checked; S for every sequence if it is None."""
+    if counts is None:
+        return torch.full((B,), S, device=device)
+    if list(counts.shape) != [B] or counts.is_floating_point() or ((counts < 0) | (counts > S)).any():
+        raise ValueError(f"counts must be {B} whole numbers from 0 to {S}, one per sequence, not {counts.tolist()}")
+    return counts
