@@ -1,5 +1,6 @@
-"""The two tests that every chapter's checkers must pass, made from its SOLUTIONS and its WRONG answers."""
+"""Tests that several chapters share: of their exercises' checkers, and of their explorers."""
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmbook.kit.exercise import Exercise
+from llmbook.kit.explore import MAX_BYTES, picture
 
 
 def checker_tests(
@@ -36,3 +38,21 @@ def checker_tests(
         assert words in told, told
 
     return accepted, told_why
+
+
+def explorer_test(explorers: dict[str, tuple[Callable, Callable, dict[str, Any]]]) -> Callable:
+    """A test to bind to a name that begins with `test_`: every explorer's first and last picture fit a page.
+
+    Args:
+        explorers: a chapter's `figures.EXPLORERS`: name → (draw, caption, choices).
+    """
+
+    @pytest.mark.parametrize("name", explorers)
+    def corners(name: str) -> None:
+        draw, caption, choices = explorers[name]
+        total = math.prod(len(values) for values in choices.values())
+        for end in (0, -1):
+            chosen = {key: values[end] for key, values in choices.items()}
+            assert len(picture(draw, caption, chosen)) * total < MAX_BYTES
+
+    return corners

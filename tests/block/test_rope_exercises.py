@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmbook.block.rope import exercises, figures, rotation
-from llmbook.kit.explore import MAX_BYTES, picture
+from tests.checkers import explorer_test
 
 
 def solution_permute(w, heads):
@@ -63,12 +63,4 @@ def test_checkers_accept_the_solution_and_reject_wrong_answers(name):
     assert len({words for _, words in verdicts}) >= 3  # they say what is wrong, not only that it is
 
 
-@pytest.mark.parametrize("name", figures.EXPLORERS)
-def test_explorers_draw_their_corners(name):
-    draw, caption, choices = figures.EXPLORERS[name]
-    total = 1
-    for values in choices.values():
-        total *= len(values)
-    for end in (0, -1):
-        chosen = {key: values[end] for key, values in choices.items()}
-        assert len(picture(draw, caption, chosen)) * total < MAX_BYTES
+test_explorers_draw_their_corners = explorer_test(figures.EXPLORERS)

@@ -22,8 +22,7 @@ from llmbook.block.switch_routing.routing import (
 )
 from llmbook.block.switch_routing.training import effective_experts, train
 from llmbook.block.switch_routing.waste import skewed_logits, waste
-from llmbook.kit.explore import MAX_BYTES, picture
-from tests.checkers import checker_tests
+from tests.checkers import checker_tests, explorer_test
 
 sizes = st.tuples(st.integers(0, 30), st.integers(1, 6), st.integers(0, 12), st.integers(0, 99))
 
@@ -275,15 +274,7 @@ WRONG = {
 test_the_solution_is_accepted, test_a_wrong_answer_is_told_why = checker_tests(exercises, SOLUTIONS, WRONG)
 
 
-@pytest.mark.parametrize("name", figures.EXPLORERS)
-def test_explorers_draw_their_corners(name):
-    draw, caption, choices = figures.EXPLORERS[name]
-    total = 1
-    for values in choices.values():
-        total *= len(values)
-    for end in (0, -1):
-        chosen = {key: values[end] for key, values in choices.items()}
-        assert len(picture(draw, caption, chosen)) * total < MAX_BYTES
+test_explorers_draw_their_corners = explorer_test(figures.EXPLORERS)
 
 
 def test_a_skew_makes_early_experts_popular():

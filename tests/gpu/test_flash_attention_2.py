@@ -30,8 +30,7 @@ from llmbook.gpu.flash_attention_2.tiled import (
     tiled_traffic,
 )
 from llmbook.gpu.flash_attention_2.warps import Shared, split_by_keys, split_by_queries
-from llmbook.kit.explore import MAX_BYTES, picture
-from tests.checkers import checker_tests
+from tests.checkers import checker_tests, explorer_test
 
 sizes = st.integers(1, 40)
 blocks = st.integers(1, 17)
@@ -214,15 +213,7 @@ WRONG = {
 test_the_solution_is_accepted, test_a_wrong_answer_is_told_why = checker_tests(exercises, SOLUTIONS, WRONG)
 
 
-@pytest.mark.parametrize("name", figures.EXPLORERS)
-def test_explorers_draw_their_corners(name):
-    draw, caption, choices = figures.EXPLORERS[name]
-    total = 1
-    for values in choices.values():
-        total *= len(values)
-    for end in (0, -1):
-        chosen = {key: values[end] for key, values in choices.items()}
-        assert len(picture(draw, caption, chosen)) * total < MAX_BYTES
+test_explorers_draw_their_corners = explorer_test(figures.EXPLORERS)
 
 
 @pytest.mark.parametrize("causal", [False, True])
