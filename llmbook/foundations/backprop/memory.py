@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import engine
 from .engine import Node
@@ -70,7 +71,10 @@ class Timeline:
     def __post_init__(self) -> None:
         self._skip = {storage(tensor) for tensor in self.without}
         self._open: dict[int, Holding] = {}
-        self._made = {storage(tensor): ("", name) for name, tensor in self.named.items()}
+        # With a weak reference each: the address of a freed tensor goes to another one, its name must not.
+        self._made: dict[int, tuple[StorageWeakRef, tuple[str, str]]] = {}
+        for name, tensor in self.named.items():
+            self._name(tensor, "", name)
         self._labels: dict[int, str] = {}
         self._depth = 0
 
@@ -83,7 +87,7 @@ class Timeline:
         if event == "forward":
             self._save(node, saved)
             if storage(tensor) not in self._open:
-                self._made[storage(tensor)] = self.where, node.op
+                self._name(tensor, self.where, node.op)
             self._step("again" if self._depth else "forward", node, self.where)
         elif event == "backward":
             self._step("backward", node, self._labels[node.number])
@@ -95,11 +99,16 @@ class Timeline:
                 if not self._open[place].users:
                     self._open.pop(place).end = len(self.steps) - 1
 
+    def _name(self, tensor: Tensor, where: str, op: str) -> None:
+        self._made[storage(tensor)] = StorageWeakRef(tensor.untyped_storage()), (where, op)
+
     def _save(self, node: Node, saved: dict[int, int]) -> None:
         self._labels[node.number] = self.where
         for place, size in saved.items():
             if place not in self._open:
-                name = self._made.get(place, (self.where, node.op))  # if unknown, made inside this operation
+                maker, name = self._made.get(place, (None, (self.where, node.op)))
+                if maker is None or maker.expired():  # made inside this operation
+                    name = self.where, node.op
                 self._open[place] = Holding(name, size, len(self.steps), self._depth > 0)
                 self.holdings.append(self._open[place])
             self._open[place].users += 1
