@@ -163,8 +163,8 @@ class Rank:
     @contextlib.contextmanager
     def logged(self, op: Op) -> Iterator[None]:
         """Log the operation's time (stretched to its `pace`, if it has one), then count what is held."""
-        began = time.monotonic()
         with self.comm.log(f"{op.kind} {op.stage} {op.micro}"):
+            began = time.monotonic()  # after the log's own start, or a pause between the two is missing from its span
             yield
             rest = began + self.pace.get(op.kind, 0.0) / self.schedule.chunks - time.monotonic()
             time.sleep(max(0.0, rest))
