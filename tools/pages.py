@@ -9,6 +9,7 @@ import base64
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 
 from llmbook.kit.erratum import MIME, VERDICTS
 from llmbook.kit.hardware import GPUS, LINKS, SHARED_PER_BLOCK
+from tools import maps
 from tools.chapters import ROOT, Chapter, chapters, colab_link
 
 NOTE = "% Written by `python -m tools.pages`; edit its data instead.\n\n"
@@ -39,15 +41,30 @@ def _between(text: str, lines: list[str]) -> str:
 
 
 def index() -> str:
-    """book/index.md with a card for each chapter: its first picture, its title, its question."""
-    cards = []
-    for chapter in chapters():
-        cards += [
-            f":::{{grid-item-card}} {chapter.title()}", f":link: ../{chapter.file}", ":link-type: doc",
-            f":img-top: _static/stills/{chapter.name}.png", f":img-alt: {chapter.title()}", "", chapter.question(), ":::", "",
-        ]
-    grid = ["::::{grid} 1 1 2 2", ":gutter: 3", "", *cards, "::::"]
-    return _between((ROOT / "book/index.md").read_text(), grid)
+    """book/index.md with a heading for each part and a card for each chapter: its first picture, title and question."""
+    lines = []
+    for name in dict.fromkeys(chapter.part for chapter in chapters()):
+        title = (ROOT / f"book/parts/{name}.md").read_text().splitlines()[0].removeprefix("# ")
+        lines += [f"## [{title}](parts/{name}.md)", "", "::::{grid} 1 1 2 2", ":gutter: 3", ""]
+        for chapter in chapters():
+            if chapter.part == name:
+                lines += [
+                    f":::{{grid-item-card}} {chapter.title()}", f":link: ../{chapter.file}", ":link-type: doc",
+                    f":img-top: _static/stills/{chapter.name}.png", f":img-alt: {chapter.title()}", "",
+                    chapter.question(), ":::", "",
+                ]
+        lines += ["::::", ""]
+    return _between((ROOT / "book/index.md").read_text(), lines)
+
+
+def part(name: str) -> str:
+    """book/parts/<name>.md with the part's map and its chapters' questions."""
+    page = (ROOT / f"book/parts/{name}.md").read_text()
+    mine = [chapter for chapter in chapters() if chapter.part == name]
+    title = page.splitlines()[0].removeprefix("# ")
+    lines = ["```{raw} html", maps.picture(name, mine, f"{title}: a map with a link to each chapter"), "```", ""]
+    lines += [f"{n}. [{c.title()}](../../{c.file}.ipynb). {c.question()}" for n, c in enumerate(mine, 1)]
+    return _between(page, lines)
 
 
 def stills() -> dict[Path, bytes]:
@@ -168,7 +185,7 @@ def _where(name: str, known: dict[str, Chapter]) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "README.md": readme, "book/index.md": index, "book/hardware.md": hardware, "book/errata.md": errata, "book/glossary.md": glossary,
-    "book/reading.md": reading,
+    "book/reading.md": reading, **{f"book/parts/{name}.md": partial(part, name) for name in maps.MAPS},
 }
 
 

@@ -135,6 +135,8 @@ def test_a_page_loads_and_says_nothing_wrong(name, watched):
         assert page.locator("mjx-container").count() >= maths
         assert page.locator("mjx-merror, [data-mjx-error], merror").count() == 0
     assert page.locator("article img:not([alt])").count() == 0
+    for href in page.locator("figure.gg a").evaluate_all("all => all.map(a => a.getAttribute('href'))"):
+        assert (SITE / name).parent.joinpath(href).resolve().exists(), f"a map's link leads nowhere: {href}"
 
 
 def serious(found):

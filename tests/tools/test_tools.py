@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llmbook.kit import ahead
 from tools import chapters as book
-from tools import pages, skeleton, stamp
+from tools import maps, pages, skeleton, stamp
 from tools.refresh import comparable
 from tools.verbatim import verbatim
 
@@ -37,6 +37,23 @@ def copy(tmp_path):
 
 def test_generated_pages_equal_their_data():
     assert pages.stale() == []
+
+
+def test_every_part_has_a_map_with_a_place_for_each_chapter():
+    for chapter in book.chapters():
+        shapes, height, places = maps.MAPS[chapter.part]()
+        assert shapes
+        x, y = places[chapter.name]
+        assert 0 < x < maps.WIDTH
+        assert 0 < y < height
+
+
+def test_a_chapter_without_a_place_stands_under_the_map():
+    stray = book.Chapter("foundations", "dropout")
+    _, height, _ = maps.MAPS["gpu"]()
+    html = maps.picture("gpu", [stray], "a map")
+    assert 'height="' + str(height + 36) in html.replace("'", '"')
+    assert "../../notebooks/foundations/dropout.html" in html
 
 
 def test_a_new_address_is_stamped_everywhere(copy):
