@@ -39,14 +39,6 @@ sizes, seeds = st.integers(1, 7), st.integers(0, 2**16)
 scales = st.sampled_from([0.1, 1.0, 5.0, 40.0])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
