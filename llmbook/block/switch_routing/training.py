@@ -34,7 +34,9 @@ def task(clusters: int = 8, dim: int = 16, common: float = 2.0, seed: int = 100)
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(clusters, dim, generator=g)
     maps = torch.randn(clusters, dim, dim, generator=g) / dim**0.5
-    return Task(centres, maps, common * torch.randn(dim, generator=g))
+    shared = common * torch.randn(dim, generator=g)
+    # Training in float64: a processor that rounds otherwise must not send a token to another expert.
+    return Task(centres.double(), maps.double(), shared.double())
 
 
 def tokens(of: Task, count: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,7 @@ def train(
     of, g = task(), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layer = SwitchFFN(of.centres.shape[1], 16, experts, factor)
+        layer = SwitchFFN(of.centres.shape[1], 16, experts, factor).double()
     optimizer = torch.optim.Adam(layer.parameters(), 5e-3)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(steps):
