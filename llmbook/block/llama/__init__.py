@@ -1,0 +1,1 @@
+"""Llama: the block's parts as one model that trains, is saved, and writes."""
