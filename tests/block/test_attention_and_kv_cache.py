@@ -92,6 +92,14 @@ def theirs(heads):
     return config, LlamaAttention(config, 0).double()
 
 
+def test_the_angles_are_not_rounded_with_the_weights():
+    heads = SHAPES[0]
+    plain, half = module(heads), module(heads).bfloat16()
+    assert half.q_proj.weight.dtype == torch.bfloat16
+    assert half.theta.dtype == torch.float64
+    assert torch.equal(half.theta, plain.theta)
+
+
 @pytest.mark.parametrize("heads", SHAPES)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_equals_hugging_face_in_prefill_and_token_by_token(heads, kind):

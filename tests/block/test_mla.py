@@ -152,6 +152,14 @@ def half_split(cos, sin):
     return tuple(torch.cat((t, t), -1)[None] for t in (cos, sin))
 
 
+@pytest.mark.parametrize("long", [None, Yarn(40, 64)], ids=["plain", "yarn"])
+def test_the_angles_are_not_rounded_with_the_weights(long):
+    plain, half = LatentAttention(SMALL, long=long), LatentAttention(SMALL, long=long).bfloat16()
+    assert half.o_proj.weight.dtype == torch.bfloat16
+    assert half.theta.dtype == torch.float64
+    assert torch.equal(half.theta, plain.theta)
+
+
 @pytest.mark.parametrize("rope", [None, YARN], ids=["plain", "yarn"])
 @pytest.mark.parametrize("sizes", [SMALL, NO_Q_RANK], ids=["q rank", "no q rank"])
 @pytest.mark.parametrize("absorb", [True, False])

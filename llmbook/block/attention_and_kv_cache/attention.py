@@ -1,5 +1,8 @@
 """Causal attention with grouped heads, whole or continued from a cache: prefill, chunks and decode are one function."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +65,7 @@ class Attention(nn.Module):
 
     def __init__(self, heads: Heads, layer: int = 0, base: float = 1e4) -> None:
         super().__init__()
-        self.heads, self.layer = heads, layer
+        self.heads, self.layer, self.base = heads, layer, base
         wide = heads.heads * heads.head_dim
         narrow = heads.kv_heads * heads.head_dim
         self.q_proj = nn.Linear(heads.dim, wide, bias=False)
@@ -95,6 +98,13 @@ class Attention(nn.Module):
             k, v = cache.append(k, v, counts, self.layer)
         o = attend(q, k, v, visible(starts, counts, S, k.shape[2]))
         return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert; θ stays float64: bf16 would lose the far positions."""
+        super()._apply(fn, recurse)
+        theta = frequencies(self.heads.head_dim, self.base)
+        self.theta = theta.to(self.q_proj.weight.device)
+        return self
 
     def split(self, x: Tensor) -> Tensor:
         """[B, S, n·d_h] → [B, S, n, d_h], a view."""

@@ -3,8 +3,6 @@
 Architecture: Touvron et al. 2023 (arXiv 2302.13971); SwiGLU: Shazeer 2020 (arXiv 2002.05202). Names are Hugging Face's.
 """
 
-from collections.abc import Callable
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,6 @@ from torch.nn.functional import silu
 from llmbook.block.attention_and_kv_cache.attention import Attention
 from llmbook.block.attention_and_kv_cache.cache import Cache, StaticCache
 from llmbook.block.norms.rms import RMSNorm
-from llmbook.block.rope.rotation import frequencies
 
 from .config import Config
 
@@ -111,17 +108,6 @@ class Llama(nn.Module):
             batch, c.kv_heads, room or c.context, c.head_dim, layers=c.layers,
             dtype=weight.dtype, device=weight.device,
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert; RoPE's frequencies stay float64 in a bf16 model."""
-        layers: Any = self.model.layers
-        exact = frequencies(self.config.head_dim, self.config.theta)
-        for layer in layers:  # a model loaded on "meta" has none yet
-            layer.self_attn.theta = exact
-        super()._apply(fn, recurse)
-        for layer in layers:
-            layer.self_attn.theta = exact.to(layer.self_attn.theta.device)
-        return self
 
 
 def refuse_ids(ids: Tensor, c: Config, cache: Cache | None) -> None:

@@ -1,7 +1,9 @@
 """Multi-head latent attention as a module, under Hugging Face's names: two forms of one function, one cache."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +110,7 @@ class LatentAttention(nn.Module):
     ) -> None:
         super().__init__()
         s, self.sizes, self.long, self.layer = sizes, sizes, long, layer
+        self.base = base
         wide = s.heads * s.qk
         if s.q_rank is None:
             self.q_proj = nn.Linear(s.dim, wide, bias=False)
@@ -119,11 +122,23 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(s.latent)
         self.kv_b_proj = nn.Linear(s.latent, s.heads * (s.nope + s.v), bias=False)
         self.o_proj = nn.Linear(s.heads * s.v, s.dim, bias=False)
-        self.scale, theta = s.qk**-0.5, frequencies(s.rope, base)
+        self.scale = s.qk**-0.5
         if long is not None:
-            theta = yarn(s.rope, base, long.factor, long.trained, long.slow, long.fast)
             self.scale *= long.strength(long.mscale_all_dim) ** 2
-        self.register_buffer("theta", theta, persistent=False)
+        self.register_buffer("theta", self.angles(), persistent=False)
+
+    def angles(self) -> Tensor:
+        """RoPE's θ, [d_r / 2], float64, stretched by YaRN if asked for."""
+        width, long = self.sizes.rope, self.long
+        if long is None:
+            return frequencies(width, self.base)
+        return yarn(width, self.base, long.factor, long.trained, long.slow, long.fast)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert; θ stays float64: bf16 would lose the far positions."""
+        super()._apply(fn, recurse)
+        self.theta = self.angles().to(self.o_proj.weight.device)
+        return self
 
     def forward(
         self, x: Tensor, cache: LatentCache | None = None,
