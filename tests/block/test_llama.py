@@ -1,5 +1,7 @@
 """The assembled Llama against Hugging Face's, whole and token by token, and its counts against what runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmbook.block.attention_and_kv_cache.cache import PagedCache
 from llmbook.block.llama import benchmark
-from llmbook.block.llama.config import PUBLISHED, Config, from_hugging_face, swiglu_width, to_hugging_face
+from llmbook.block.llama.config import PUBLISHED, Config, Longer, from_hugging_face, swiglu_width, to_hugging_face
 from llmbook.block.llama.counts import forward_flop, kv_bytes, parameters, times, training_flop, walk
 from llmbook.block.llama.model import Llama, SwiGLU
 from llmbook.foundations.tokens_to_logits.tracer import Tracer
@@ -191,6 +193,24 @@ def test_training_flop_is_what_forward_and_backward_run(c):
     assert log.flop == 6 * multiplying * B * S + attention
 
 
+def test_llama_3_1s_stretched_context_is_hugging_faces():
+    c = Config(40, 64, 2, 2, 1, 48, theta=500.0, context=512, longer=Longer(factor=8.0, trained=64))
+    theirs = LlamaForCausalLM(LlamaConfig(**to_hugging_face(c)))
+    angles = theirs.model.rotary_emb.inv_freq
+    ours, _ = pair(c, torch.float32)
+    theirs.load_state_dict(ours.state_dict())
+    theta = ours.model.layers[0].self_attn.theta
+    torch.testing.assert_close(angles.double(), theta, rtol=1e-6, atol=0)
+    plain = Llama(replace(c, longer=None))
+    plain.load_state_dict(ours.state_dict())
+    ids = torch.randint(40, (1, 400))
+    with torch.no_grad():
+        a, b, other = ours(ids), theirs(ids).logits, plain(ids)
+    scale = float(b.abs().max())
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * scale)
+    assert (a - other).abs().max() > 0.1 * scale
+
+
 @pytest.mark.parametrize("c", [*SHAPES, *PUBLISHED.values()])
 def test_config_there_and_back(c):
     assert from_hugging_face(to_hugging_face(c)) == c
@@ -208,7 +228,8 @@ def test_an_old_config_is_read():
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but this Llama knows 'silu'"),
     ({"attention_bias": True}, "attention_bias = True"),
     ({"model_type": "mistral"}, "model_type = 'mistral'"),
-    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type = 'llama3'"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "its RoPE lacks high_freq_factor"),
     ({"vocab_size": None}, "lacks vocab_size"),
 ])
 def test_a_foreign_config_is_refused(change, words):

@@ -58,26 +58,27 @@ class Attention(nn.Module):
     Args:
         heads: the sizes.
         layer: which layer of the cache is its own.
-        base: RoPE's base.
+        base, angles: RoPE's θ, [d_h / 2], is angles(d_h, base).
     """
 
     theta: Tensor
 
-    def __init__(self, heads: Heads, layer: int = 0, base: float = 1e4) -> None:
+    def __init__(
+        self, heads: Heads, layer: int = 0, base: float = 1e4,
+        angles: Callable[[int, float], Tensor] = frequencies,
+    ) -> None:
         super().__init__()
-        self.heads, self.layer, self.base = heads, layer, base
+        self.heads, self.layer, self.base, self.angles = heads, layer, base, angles
         wide = heads.heads * heads.head_dim
         narrow = heads.kv_heads * heads.head_dim
         self.q_proj = nn.Linear(heads.dim, wide, bias=False)
         self.k_proj = nn.Linear(heads.dim, narrow, bias=False)
         self.v_proj = nn.Linear(heads.dim, narrow, bias=False)
         self.o_proj = nn.Linear(wide, heads.dim, bias=False)
-        theta = frequencies(heads.head_dim, base)
-        self.register_buffer("theta", theta, persistent=False)
+        self.register_buffer("theta", angles(heads.head_dim, base), persistent=False)
 
     def forward(
-        self, x: Tensor, cache: Cache | None = None,
-        counts: Tensor | None = None,
+        self, x: Tensor, cache: Cache | None = None, counts: Tensor | None = None
     ) -> Tensor:
         """Attend from new tokens to themselves and to what the cache holds.
 
@@ -102,7 +103,7 @@ class Attention(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert; θ stays float64: bf16 would lose the far positions."""
         super()._apply(fn, recurse)
-        theta = frequencies(self.heads.head_dim, self.base)
+        theta = self.angles(self.heads.head_dim, self.base)
         self.theta = theta.to(self.q_proj.weight.device)
         return self
 

@@ -6,7 +6,24 @@ Published sizes: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783) and thei
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from llmbook.block.attention_and_kv_cache.heads import Heads
+from llmbook.block.rope.rotation import frequencies
+from llmbook.block.rope.scaling import by_parts
+
+
+@dataclass(frozen=True)
+class Longer:
+    """How Llama 3.1 stretches RoPE: pairs that turned less than `fast` times in training are slowed down.
+
+    factor: s. trained: L. slow, fast: turns between which the slowing is blended.
+    """
+
+    factor: float = 8.0
+    trained: int = 8192
+    slow: float = 1.0
+    fast: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -19,6 +36,7 @@ class Config:
         theta: RoPE's base. eps: RMSNorm's. context: positions it may use.
         tied: the LM head is the embedding.
         head_dim: d_h; 0 stands for dim / heads.
+        longer: how the context was stretched, if it was.
 
     Raises:
         ValueError: counts below 1, or heads that do not divide.
@@ -35,6 +53,7 @@ class Config:
     context: int = 4096
     tied: bool = False
     head_dim: int = 0
+    longer: Longer | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab", "layers", "ffn", "context"):
@@ -48,6 +67,11 @@ class Config:
     def attention(self) -> Heads:
         """The sizes that the attention chapter's module takes."""
         return Heads(self.dim, self.heads, self.kv_heads, self.head_dim)
+
+    def angles(self, head_dim: int, base: float) -> Tensor:
+        """RoPE's θ, [head_dim / 2], float64."""
+        theta, x = frequencies(head_dim, base), self.longer
+        return theta if x is None else by_parts(theta, x.factor, x.trained, x.slow, x.fast)
 
 
 def swiglu_width(dim: int, multiple: int = 256, factor: float = 1.0) -> int:
@@ -66,7 +90,7 @@ PUBLISHED = {
     "Llama-3-8B": Config(128_256, 4096, 32, 32, 8, 14_336, 5e5, context=8192),
     "Llama-3-70B": Config(128_256, 8192, 80, 64, 8, 28_672, 5e5, context=8192),
     "Llama-3.1-405B": Config(
-        128_256, 16_384, 126, 128, 8, 53_248, 5e5, context=131_072
+        128_256, 16_384, 126, 128, 8, 53_248, 5e5, context=131_072, longer=Longer()
     ),
 }
 
@@ -79,10 +103,18 @@ FIELDS = {
     "head_dim": "head_dim",
 }
 
+LONGER = {
+    "factor": "factor", "trained": "original_max_position_embeddings", "slow": "low_freq_factor",
+    "fast": "high_freq_factor",
+}
+
 
 def to_hugging_face(c: Config) -> dict[str, Any]:
     """The content of config.json: what `LlamaConfig` reads."""
-    rope = {"rope_type": "default", "rope_theta": c.theta}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.theta}
+    if c.longer is not None:
+        rope["rope_type"] = "llama3"
+        rope |= {theirs: getattr(c.longer, ours) for ours, theirs in LONGER.items()}
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         **{theirs: getattr(c, ours) for ours, theirs in FIELDS.items()},
@@ -105,8 +137,10 @@ def from_hugging_face(fields: dict[str, Any]) -> Config:
         "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
         "attention_bias": (fields.get("attention_bias", False), False),
         "mlp_bias": (fields.get("mlp_bias", False), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "llama3":
+        wanted["rope_type"] = (kind, "default")
     for name, (found, right) in wanted.items():
         if found != right:
             raise ValueError(
@@ -120,4 +154,9 @@ def from_hugging_face(fields: dict[str, Any]) -> Config:
             sizes[ours] = optional.get(ours)
         if sizes[ours] is None:
             raise ValueError(f"config.json lacks {theirs}")
-    return Config(**sizes, theta=rope.get("rope_theta", fields.get("rope_theta", 1e4)))
+    base = rope.get("rope_theta", fields.get("rope_theta", 1e4))
+    if kind != "llama3":
+        return Config(**sizes, theta=base)
+    if missing := sorted(set(LONGER.values()) - set(rope)):
+        raise ValueError(f"config.json says rope_type = 'llama3', but its RoPE lacks {missing[0]}")
+    return Config(**sizes, theta=base, longer=Longer(**{ours: rope[theirs] for ours, theirs in LONGER.items()}))

@@ -37,7 +37,7 @@ class Block(nn.Module):
     def __init__(self, c: Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(c.dim, c.eps)
-        self.self_attn = Attention(c.attention, layer, c.theta)
+        self.self_attn = Attention(c.attention, layer, c.theta, c.angles)
         self.post_attention_layernorm = RMSNorm(c.dim, c.eps)
         self.mlp = SwiGLU(c.dim, c.ffn)
 
