@@ -115,13 +115,12 @@ def lab(router: str, skew: float) -> svg.SVG:
     """Load per expert, groups per token, the gates by rank, and all four routers side by side."""
     r, load, _, _, touched = _summary(router, skew)
     mean, base, wide = float(load.double().mean()), 190, 11.6
-    parts = [draw.text(4, 16, "tokens per expert, by group", bold=True)]
+    parts = [draw.text(4, 16, "tokens per expert, by group (dashed: the mean)", bold=True)]
     scale = 150 / max(float(load.max()), 4 * mean)
     for e, n in enumerate(load.tolist()):
         x = 4 + e * wide + e // 8 * 7
         parts.append(draw.box(x, base - n * scale, wide - 2, n * scale, rank_color(e // 8)))
     parts.append(draw.line(4, base - mean * scale, 796, base - mean * scale, dashed=True))
-    parts.append(draw.text(796, base - mean * scale - 5, "mean", anchor="end", size=12))
     parts.append(draw.text(4, 226, "groups a token enters", bold=True))
     for g, n in enumerate(touched.tolist()):
         tall = 100 * n / int(touched.sum())
@@ -204,13 +203,14 @@ def balancing(by: str, step: int) -> svg.SVG:
         parts.append(draw.text(x, y, name, color=color, bold=name == by, size=12))
     right = x0 + half + 50
     parts.append(draw.text(right, top - 12, "the bias of each expert", bold=True))
-    largest = max(float(run.bias.abs().max()), 0.01)
-    if not run.bias.any():
+    largest = float(run.bias.abs().max())
+    if largest:
+        for e, values in enumerate((run.bias[::each] / largest * 0.5 + 0.5).T.tolist()):
+            parts.append(_curve(values, right, top, half - 10, 110, rank_color(e), False))
+        parts.append(draw.text(right - 6, top + 6, f"{largest:.2f}", anchor="end", size=12))
+        parts.append(draw.text(right - 6, top + 114, f"−{largest:.2f}", anchor="end", size=12))
+    else:
         parts.append(draw.text(right + 8, top + 40, "not used", opacity=0.6))
-    for e, values in enumerate((run.bias[::each] / largest * 0.5 + 0.5).T.tolist()):
-        parts.append(_curve(values, right, top, half - 10, 110, rank_color(e), False))
-    parts.append(draw.text(right - 6, top + 6, f"{largest:.2f}", anchor="end", size=12))
-    parts.append(draw.text(right - 6, top + 114, f"−{largest:.2f}", anchor="end", size=12))
     for x, long in ((x0, wide), (x0, half), (right, half - 10)):
         at, low, high = x + long * done / STEPS, (22 if long == wide else top - 4), (190 if long == wide else top + 114)
         parts.append(draw.line(at, low, at, high, width=1.5, dashed=True))

@@ -1,10 +1,12 @@
 """What the llama chapter draws: the block with its sizes, training, sampling, and the layers' guesses."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 
 import svg
+import torch
 
 from llmbook.kit import draw
 from llmbook.kit.hardware import gpu
@@ -236,7 +238,7 @@ def _glyph(byte: int) -> str:
 
 def lab_caption(text: str, temperature: float, top_p: float) -> str:
     found = shipped.choice(PROMPTS[text], temperature, top_p)
-    bits = float(-(found.drawn_from.xlogy(found.drawn_from)).sum() / 0.6931471805599453)
+    bits = float(torch.special.entr(found.drawn_from).sum()) / math.log(2)
     left = int((found.drawn_from > 0).sum())
     how = "greedy: the likeliest" if temperature == 0 else f"temperature {temperature}, top-p {top_p}: {left}"
     return f"After “{PROMPTS[text]}”, {how} of 256 bytes can be drawn, {bits:.2f} bits of surprise."
