@@ -37,7 +37,7 @@ else:
         return tl.dot(a, b, input_precision="ieee")
 
 
-__all__ = ["DEVICE", "INTERPRETED", "Build", "capability", "dot", "need_same_device", "tl", "triton"]
+__all__ = ["DEVICE", "INTERPRETED", "Build", "capability", "dot", "need_same_device", "sized", "tl", "triton"]
 
 
 class Build:
@@ -78,3 +78,8 @@ def need_same_device(**tensors: torch.Tensor) -> None:
     places = {name: tensor.device.type for name, tensor in tensors.items()}
     if set(places.values()) != {DEVICE.type}:
         raise ValueError(f"kernels run on {DEVICE.type} here, but the tensors are on: {places}")
+
+
+def sized(interpreted: int, compiled: int) -> int:
+    """A size for each way kernels run: the interpreter is a thousand times slower, and a GPU has nothing to do with few."""
+    return interpreted if triton.knobs.runtime.interpret else compiled
