@@ -6,9 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from llmbook.kit import measure
+from llmbook.kit.stopwatch import reason
 
 
 def chapters() -> list[str]:
@@ -29,22 +28,27 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in chosen.chapters if name not in known]:
         print(f"no benchmark for {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
+    if not measure.gpu_here():
         print("No GPU here: nothing was measured, and nothing was written.", file=sys.stderr)
         return 2
-    failed = 0
-    for name in chosen.chapters or known:
-        began = time.perf_counter()
-        module = importlib.import_module(f"llmbook.{name.replace('/', '.')}.benchmark")
-        try:
-            path = measure.record(name, module.cases())
-        except measure.MeasurementError as why:
-            print(f"{name}: {why}", file=sys.stderr)
-            failed += 1
-            continue
-        print(measure.describe(measure.json.loads(path.read_text())))
-        print(f"{name}: written to {path} after {time.perf_counter() - began:.0f} s\n", flush=True)
+    failed = sum(not bench(name) for name in chosen.chapters or known)
     return 1 if failed else 0
+
+
+def bench(name: str) -> bool:
+    """Measure one chapter and write its record; whether nothing was wrong or failed. No chapter stops the next."""
+    began = time.perf_counter()
+    print(f"{name}:", flush=True)
+    try:
+        module = importlib.import_module(f"llmbook.{name.replace('/', '.')}.benchmark")
+        path, bad = measure.record(name, module.cases())
+    except Exception as why:
+        print(f"{name}: {reason(why)}", file=sys.stderr)
+        return False
+    print(f"{name}: written to {path} after {time.perf_counter() - began:.0f} s\n", flush=True)
+    if bad:
+        print(f"{name}: {bad} wrong or failed, not timed", file=sys.stderr)
+    return not bad
 
 
 if __name__ == "__main__":

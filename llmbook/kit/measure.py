@@ -3,10 +3,15 @@
 On a machine without a GPU nothing is timed: chapters show the recorded runs, or say that there are none yet.
 """
 
+import gc
 import json
+import math
+import os
 import platform
 import statistics
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,81 +20,104 @@ from typing import Any
 
 import torch
 
-RECORDED = Path(__file__).parents[1] / "recorded"
-FLUSH_BYTES = 256 * 2**20  # more than any L2, so that every repetition reads its inputs from HBM
+from .compare import relative_error
+from .stopwatch import Call, Stopwatch, Timer, in_turn, reason
+from .table import LATE, describe, describe_case, headline, verdict
 
-Timer = Callable[[Callable[[], Any]], list[float]]
+__all__ = ["Case", "MeasurementError", "Work", "describe", "measure", "record", "recorded", "relative_error", "report"]
+
+RECORDED = Path(__file__).parents[1] / "recorded"
+ROOM = 2**30  # bytes beside a case's own: the buffer that flushes L2, the libraries' workspaces, gaps
+PEERS_MAY = 4  # times as much error as ours: a library may round in between where ours keeps fp32
 
 
 class MeasurementError(RuntimeError):
-    """A case is wrong, so it is not timed."""
+    """A case is wrong, so it is not timed; or a chapter has nothing to write down."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case with its tensors made.
+
+    Attributes:
+        run: calls ours; its result is checked before it is timed.
+        error: given a result, returns (error, the most allowed); it looks at every number.
+        peers: name → a call that gives the same result by somebody else's code; checked by `error` too.
+        yardsticks: name → a call that computes something else, to compare times with: a copy of as many bytes.
+        notes: what else a GPU has to say about this case, asked after the check.
+    """
+
+    run: Call
+    error: Callable[[Any], tuple[float, float]]
+    peers: dict[str, Call] = field(default_factory=dict)
+    yardsticks: dict[str, Call] = field(default_factory=dict)
+    notes: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure.
+    """One thing to measure, without its tensors.
 
     Attributes:
         name: what runs ("forward", "rope").
         sizes: what a reader needs to compare with another run, {"N": 4096, "dtype": "bf16"}.
-        run: calls ours; its result is checked before it is timed.
-        error: given that result, returns (error, the most allowed).
+        make: makes the tensors; what it returns is all that holds them.
         flops, bytes: what the formula says the run does and moves.
-        peers: name → a call that does the same with somebody else's code.
+        memory: bytes that have to be free: inputs, results, and what the check needs. A peer that needs more and does
+            not get it is unavailable.
     """
 
     name: str
     sizes: dict[str, Any]
-    run: Callable[[], Any]
-    error: Callable[[Any], tuple[float, float]]
+    make: Callable[[], Work]
     flops: int
     bytes: int
-    peers: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    memory: int
 
 
-def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖out − reference‖ / ‖reference‖ in float64; NaN stays NaN, and so fails every bound."""
-    out, reference = out.detach().double(), reference.detach().double()
-    difference = out - reference
-    return float(difference.norm() / reference.norm().clamp_min(1e-300))
+def measure(case: Case, timer: Timer | None = None, until: float = math.inf) -> dict[str, Any]:
+    """Check one case, time it and its peers in turn, and return what a record keeps of it.
 
-
-def cuda_times(call: Callable[[], Any], budget_ms: float = 300) -> list[float]:
-    """Milliseconds of each repetition by CUDA events, cold L2, after warm-up: as many as fit into the budget."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < budget_ms and len(times) < 100):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return times
-
-
-def measure(case: Case, timer: Timer = cuda_times) -> dict[str, Any]:
-    """Check one case, time it and its peers, and return what a record keeps of it.
+    Args:
+        timer: milliseconds of one call; a `Stopwatch` if not given.
+        until: `time.monotonic()` from when on no more peers are begun.
 
     Raises:
         MeasurementError: the result is further from the reference than allowed; nothing was timed.
     """
-    error, allowed = case.error(case.run())
+    work = case.make()
+    error, allowed = work.error(work.run())
     if not error <= allowed:
-        raise MeasurementError(f"{case.name} {case.sizes}: error {error:.3g}, allowed {allowed:.3g}; not timed")
-    row: dict[str, Any] = {"name": case.name, "sizes": case.sizes, "flops": case.flops, "bytes": case.bytes}
-    row |= {"error": error, "allowed": allowed, **_summary(timer(case.run), case)}
-    row["peers"] = {}
-    for name, call in case.peers.items():
-        try:
-            row["peers"][name] = _summary(timer(call), case)
-        except (RuntimeError, NotImplementedError, ImportError) as why:  # a peer may not support this GPU: say so
-            row["peers"][name] = {"unavailable": str(why).strip().splitlines()[0][:200]}
-    return row
+        raise MeasurementError(f"error {error:.3g}, allowed {allowed:.3g}; not timed")
+    notes = work.notes()
+    calls: dict[str, Call] = {"ours": work.run}
+    peers: dict[str, dict[str, Any]] = {}
+    for name, call in {**work.peers, **work.yardsticks}.items():
+        check = work.error if name in work.peers else None
+        if problem := _problem(call, check) if time.monotonic() < until else {"unavailable": LATE}:
+            peers[name] = problem
+        else:
+            calls[name] = call
+    times, broken = in_turn(calls, timer or Stopwatch(), must="ours")
+    peers |= {name: {"unavailable": why} for name, why in broken.items()}
+    found: dict[str, dict[str, Any]] = peers | {name: _summary(taken, case) for name, taken in times.items()}
+    return {
+        "name": case.name, "sizes": case.sizes, "flops": case.flops, "bytes": case.bytes, "error": error,
+        "allowed": allowed, **found["ours"], "notes": notes,
+        "peers": {name: found[name] for name in (*work.peers, *work.yardsticks)},
+    }
+
+
+def _problem(call: Call, check: Callable[[Any], tuple[float, float]] | None) -> dict[str, str]:
+    """Why a peer is not timed; empty if it is. Any of its exceptions is one: it may not support this GPU."""
+    try:
+        result = call()
+        error, allowed = check(result) if check else (0.0, 0.0)
+    except Exception as why:
+        return {"unavailable": reason(why)}
+    if not error <= PEERS_MAY * allowed:
+        return {"wrong": f"error {error:.3g}, allowed {PEERS_MAY * allowed:.3g}; not timed"}
+    return {}
 
 
 def _summary(times: list[float], case: Case) -> dict[str, float]:
@@ -98,6 +126,76 @@ def _summary(times: list[float], case: Case) -> dict[str, float]:
         "ms": median, "ms_p10": tenths[0], "ms_p90": tenths[8], "repetitions": len(times),
         "tflops": case.flops / median / 1e9, "gbs": case.bytes / median / 1e6,
     }
+
+
+def free_memory() -> float:
+    """Bytes that a case may take on the GPU; without one there is no limit."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
+
+
+def attempt(case: Case, timer: Timer | None = None, until: float = math.inf) -> dict[str, Any]:
+    """`measure`, or why there are no times: a row with a status ("skipped", "wrong", "failed") and a sentence.
+
+    Begins with the memory that the case before has left; only an interrupt goes through.
+    """
+    try:
+        release()
+        needed = case.memory + ROOM
+        if (free := free_memory()) >= needed:
+            return measure(case, timer, until)
+        status, why = "skipped", f"needs {needed / 1e9:.1f} GB of GPU memory, and {free / 1e9:.1f} GB are free"
+    except MeasurementError as error:
+        status, why = "wrong", str(error)
+    except Exception as error:
+        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        status, why = "skipped" if full else "failed", reason(error)
+    return {"name": case.name, "sizes": case.sizes, "status": status, "why": why}
+
+
+def release() -> None:
+    """Give memory back: cycles first, then what `torch.compile` holds for these shapes, then the allocator's cache."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # else the ninth shape of a function would run uncompiled
+    torch.cuda.empty_cache()
+
+
+def run(
+    cases: Iterable[Case], timer: Timer | None = None, budget_s: float = math.inf
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure cases one after the other, and print each as it ends.
+
+    Returns:
+        Rows with times; rows without, each with its status and why.
+    """
+    timed: list[dict[str, Any]] = []
+    without: list[dict[str, Any]] = []
+    waiting, until = list(cases), time.monotonic() + budget_s
+    bar = _bar(len(waiting))
+    for case in waiting:
+        if timed and time.monotonic() > until:
+            row = {"name": case.name, "sizes": case.sizes, "status": "left out", "why": LATE}
+        else:
+            row = attempt(case, timer, until)
+            (bar.write if bar else print)(describe_case(row))
+        (without if "status" in row else timed).append(row)
+        if bar:
+            bar.update()
+    if bar:
+        bar.close()
+    return timed, without
+
+
+def _bar(total: int) -> Any:
+    """tqdm's bar in a terminal or a notebook; None elsewhere, and where there is no tqdm."""
+    if not sys.stdout.isatty() and not type(sys.stdout).__module__.startswith("ipykernel"):
+        return None
+    try:
+        from tqdm.auto import tqdm
+
+        return tqdm(total=total, unit="case", leave=False)
+    except ImportError:
+        return None
 
 
 def provenance() -> dict[str, Any]:
@@ -122,57 +220,68 @@ def _output(*command: str) -> str:
         return ""
 
 
-def record(chapter: str, cases: Iterable[Case], *, folder: Path = RECORDED, timer: Timer = cuda_times) -> Path:
-    """Measure a chapter's cases and write `recorded/<device>/<chapter>.json`. Nothing is written if a case is wrong."""
-    rows = [measure(case, timer) for case in cases]
+def record(
+    chapter: str, cases: Iterable[Case], *, folder: Path = RECORDED, timer: Timer | None = None
+) -> tuple[Path, int]:
+    """Measure a chapter's cases and write `recorded/<device>/<chapter>.json`.
+
+    "cases" has those with times; "without" has those that were skipped, wrong or failed, and why: no time of a wrong
+    result is ever written.
+
+    Returns:
+        The file, and how many cases were wrong or failed.
+
+    Raises:
+        MeasurementError: no case has times, so nothing was written.
+    """
     source = provenance()
+    print(headline(source))
+    timed, without = run(cases, timer)
+    print(verdict(timed, without))
+    if not timed:
+        raise MeasurementError("no case was timed, so nothing was written")
     path = folder / source["device"].lower().replace(" ", "-") / f"{chapter.split('/')[-1]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"chapter": chapter, **source, "cases": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    content = {"chapter": chapter, **source, "cases": timed, "without": without}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path, sum(row["status"] in ("wrong", "failed") for row in without)
 
 
 def recorded(chapter: str, folder: Path = RECORDED) -> list[dict[str, Any]]:
     """Every record of a chapter ("gpu/flash_attention"), one per device, newest first; empty if never measured."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{chapter.split('/')[-1]}.json"))]
+    paths = sorted(folder.glob(f"*/{chapter.split('/')[-1]}.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return sorted(found, key=lambda run: run["date"], reverse=True)
 
 
-def report(chapter: str, cases: Callable[[], Iterable[Case]], *, folder: Path = RECORDED) -> None:
+def gpu_here() -> bool:
+    """Whether kernels run on a GPU: there is one, and Triton is not set to interpret."""
+    return torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
+
+
+def report(
+    chapter: str, cases: Callable[[], Iterable[Case]], *, folder: Path = RECORDED, budget_s: float = 60,
+    timer: Timer | None = None,
+) -> None:
     """Print a chapter's measurements: made now where there is a GPU, else the recorded ones, else that there are none.
 
     Args:
         chapter: "gpu/flash_attention".
         cases: the chapter's `benchmark.cases`.
+        budget_s: seconds after which no more cases and peers are begun; `python -m llmbook.bench` runs all of them.
     """
-    if torch.cuda.is_available():
-        print(describe({**provenance(), "cases": [measure(case) for case in cases()]}))
+    if gpu_here():
+        print(headline(provenance()))
+        timed, without = run(cases(), timer, budget_s)
+        print(verdict(timed, without))
+        release()
+        if LATE in json.dumps([timed, without]):
+            print(f"What did not fit into {budget_s:g} s was left out; all of it:  python -m llmbook.bench {chapter}")
         return
     runs = recorded(chapter, folder)
     if not runs:
         print("No GPU here, and not measured yet: no recorded run exists for this chapter.")
         print(f"On a machine with one:  python -m llmbook.bench {chapter}")
-    for run in runs:
+    for found in runs:
         print("No GPU here: this is a recorded run.")
-        print(describe(run))
-
-
-def describe(run: dict[str, Any]) -> str:
-    """A record as a table in plain text."""
-    lines = [
-        f"{run['device']} ({run['capability']}), driver {run['driver']}, torch {run['torch']}, "
-        f"triton {run['triton']}, {run['date']}, commit {run['commit']}"
-    ]
-    for row in run["cases"]:
-        sizes = ", ".join(f"{key}={value}" for key, value in row["sizes"].items())
-        lines.append(f"{row['name']} ({sizes})")
-        for name, result in {"ours": row, **row["peers"]}.items():
-            if "unavailable" in result:
-                lines.append(f"  {name:24} unavailable: {result['unavailable']}")
-            else:
-                lines.append(
-                    f"  {name:24} {result['ms']:9.4f} ms  [{result['ms_p10']:.4f}, {result['ms_p90']:.4f}]  "
-                    f"{result['tflops']:8.1f} TFLOP/s  {result['gbs']:8.0f} GB/s"
-                )
-    return "\n".join(lines)
+        print(describe(found))

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from llmbook.kit.kernels import DEVICE, capability
-from llmbook.kit.measure import Case, relative_error
+from llmbook.kit.compare import half, need_same_shape, wide, worst_error
+from llmbook.kit.kernels import DEVICE
+from llmbook.kit.measure import Case, Work
 
 from .dispatch import by_slices
 from .grouped import grouped_product
@@ -25,6 +26,7 @@ SIZES = (
     ("V3 gate and up", 4096, 32, 8, 7168, 4096), ("V3 down", 4096, 32, 8, 2048, 7168),
     ("V3 gate and up, decode", 128, 32, 8, 7168, 4096),
 )
+SMALL: dict[str, Any] = {"sizes": (("small", 32, 4, 2, 32, 16),)}
 
 
 def cases(
@@ -32,29 +34,36 @@ def cases(
     dtype: torch.dtype | None = None,
 ) -> Iterator[Case]:
     """A forward and a backward case per size and load; bf16 where the GPU has it."""
-    dtype = dtype or (torch.bfloat16 if capability() >= 80 else torch.float16)
+    dtype = dtype or half(device)
     for name, tokens, experts, k, dim, out in sizes:
-        for load in ("uniform", "skewed"):
-            torch.manual_seed(dim)
+        for load, (times, direction) in itertools.product(("uniform", "skewed"), ((1, "forward"), (2, "backward"))):
             rows = tokens * k
-            x = torch.randn(rows, dim, device=device, dtype=dtype)
-            w = torch.randn(experts, dim, out, device=device, dtype=dtype) / dim**0.5
-            dy = torch.randn(rows, out, device=device, dtype=dtype)
-            ends = _ends(rows, experts, load).to(device)
             what = {
                 "what": name, "rows": rows, "experts": experts, "K": dim, "N": out, "load": load,
                 "dtype": str(dtype)[6:],
             }
-            yield _case("forward", what, x, w, ends, None)
-            yield _case("backward", what, x, w, ends, dy)
+            moved = (rows * (dim + out) + experts * dim * out) * dtype.itemsize
+            yield Case(
+                direction, what, functools.partial(_make, direction, load, (rows, experts, dim, out), dtype, device),
+                times * 2 * rows * dim * out, times * moved,
+                # Inputs and results, in backward the output too; the busiest expert in float64.
+                times * moved + 2 * rows * out * dtype.itemsize
+                + 8 * (3 * dim * out + 3 * (round(rows * _busiest(experts)) + 1) * (dim + out)),
+            )
 
 
-def _ends(rows: int, experts: int, load: str) -> Tensor:
+def _ends(rows: int, experts: int, load: str, device: torch.device) -> Tensor:
     """Where each expert's rows end: equal shares, or the j-th busiest with a share ∝ 1/j, in random order."""
-    share = torch.ones(experts, dtype=torch.float64)
+    share = torch.ones(experts, dtype=torch.float64, device=device)
     if load == "skewed":
-        share = (1 / torch.arange(1, experts + 1, dtype=torch.float64))[torch.randperm(experts)]
+        places = 1 + torch.randperm(experts, device=device)
+        share = 1 / places.double()
     return (share.cumsum(0) / share.sum() * rows).round().int()
+
+
+def _busiest(experts: int) -> float:
+    """The largest share of a skewed load."""
+    return 1 / sum(1 / place for place in range(1, experts + 1))
 
 
 def _torch_grouped(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -62,52 +71,53 @@ def _torch_grouped(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
-def _dense(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    return x @ w[0]
+def _make(
+    direction: str, load: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> Work:
+    """The backward is timed alone: its graph is built once, on first use."""
+    rows, experts, dim, out = sizes
+    torch.manual_seed(dim)
+    x = torch.randn(rows, dim, device=device, dtype=dtype)
+    w = torch.randn(experts, dim, out, device=device, dtype=dtype).mul_(dim**-0.5)
+    dy = torch.randn(rows, out, device=device, dtype=dtype)
+    ends = _ends(rows, experts, load, device)
 
-
-def _case(name: str, what: dict[str, Any], x: Tensor, w: Tensor, ends: Tensor, dy: Tensor | None) -> Case:
-    """Forward if there is no dy, else the backward alone: its graph is built once, on first use."""
-
-    def call_of(product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
-        if dy is None:
-            return functools.partial(product, x, w, ends)
+    def call_of(product: Callable[..., Tensor], w: Tensor, *ends: Tensor) -> Call:
+        if direction == "forward":
+            return functools.partial(product, x, w, *ends)
 
         @functools.cache
         def graph() -> tuple[Tensor, list[Tensor]]:
             leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
-            return product(leaves[0], leaves[1], ends), leaves
+            return product(*leaves, *ends), leaves
 
         def call() -> tuple[Tensor, ...]:
-            out, leaves = graph()
-            return torch.autograd.grad(out, leaves, dy, retain_graph=True)
+            result, leaves = graph()
+            return torch.autograd.grad(result, leaves, dy, retain_graph=True)
 
         return call
 
     def error(result: Any) -> tuple[float, float]:
-        """Against float64 of the busiest expert and of the last one; all of them would not fit."""
-        first = [0, *ends.tolist()]
-        loads = [b - a for a, b in itertools.pairwise(first)]
-        worst = 0.0
-        for e in {max(range(len(loads)), key=loads.__getitem__), len(loads) - 1}:
-            rows = slice(first[e], first[e + 1])
-            pairs = [(result[rows], x[rows].double() @ w[e].double())] if dy is None else [
-                (result[0][rows], dy[rows].double() @ w[e].double().T),
-                (result[1][e], x[rows].double().T @ dy[rows].double()),
-            ]
-            for ours, right in pairs:
-                off = relative_error(ours, right)
-                worst = off if off != off else max(worst, off)  # NaN stays NaN
-        return worst, torch.finfo(x.dtype).eps
+        found = (result,) if direction == "forward" else result
+        for t, like in zip(found, (dy,) if direction == "forward" else (x, w), strict=True):
+            need_same_shape(t, like)
+        return worst_error(_pairs(found, x, w, dy, ends)), torch.finfo(dtype).eps
 
-    times = 1 if dy is None else 2
-    rows, dim, out = len(x), x.shape[1], w.shape[2]
-    peers = {
-        "torch._grouped_mm": _torch_grouped, "a loop over experts": by_slices,
-        "one dense GEMM of as many FLOPs": _dense,
-    }
-    moved = x.nbytes + w.nbytes + rows * out * x.element_size()
-    return Case(
-        name, what, call_of(grouped_product), error, times * 2 * rows * dim * out, times * moved,
-        {peer: call_of(product) for peer, product in peers.items()},
+    peers = {"torch._grouped_mm": _torch_grouped, "a loop over experts": by_slices}
+    return Work(
+        call_of(grouped_product, w, ends), error, {name: call_of(peer, w, ends) for name, peer in peers.items()},
+        {"one dense GEMM of as many FLOPs": call_of(torch.matmul, w[0])},
     )
+
+
+def _pairs(
+    found: tuple[Tensor, ...], x: Tensor, w: Tensor, dy: Tensor, ends: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ours, exact), expert by expert: the output, or both gradients."""
+    for e, (first, last) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        rows = slice(first, last)
+        if len(found) == 1:
+            yield found[0][rows], wide(x[rows]) @ wide(w[e])
+        else:
+            yield found[0][rows], wide(dy[rows]) @ wide(w[e]).T
+            yield found[1][e], wide(x[rows]).T @ wide(dy[rows])

@@ -2,13 +2,15 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmbook.kit.kernels import DEVICE, capability
-from llmbook.kit.measure import Case, relative_error
+from llmbook.kit.compare import blocks, half, need_same_shape, reference_dtype, wide, worst_error
+from llmbook.kit.kernels import DEVICE
+from llmbook.kit.measure import Case, Work
 
 from .cost import flops, fused_bytes
 from .kernel import rope
@@ -34,6 +36,12 @@ SIZES = (
     Size("DeepSeek-V3 prefill", 1, 8192, 128, 1, 64, "interleaved"),
     Size("Llama-3-8B decode", 256, 1, 32, 8, 128, "half_split"),
 )
+
+SMALL: dict[str, Any] = {"sizes": (
+    Size("prefill", 2, 3, 4, 2, 128, "half_split"), Size("prefill, Meta's layout", 1, 5, 3, 1, 64, "interleaved"),
+    Size("decode", 3, 1, 4, 2, 128, "half_split"),
+)}
+COMPILED = 2  # as many of the sizes, the first: to compile takes seconds
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 Function = Callable[..., tuple[Tensor, Tensor]]
@@ -73,12 +81,24 @@ def cases(device: torch.device = DEVICE, sizes: tuple[Size, ...] = SIZES) -> Ite
     The peers: the same in eager PyTorch; compiled by `torch.compile`; and a plain copy of q, k and their
     gradients, which moves all the bytes but the tables and is the least that any implementation can take.
     """
-    dtype = torch.bfloat16 if capability() >= 80 else torch.float16
-    for size in sizes:
-        yield _case(size, dtype, device)
+    dtype = half(device)
+    for i, size in enumerate(sizes):
+        _, batch, tokens, q_heads, k_heads, d, layout = size
+        heads = q_heads + k_heads
+        one = batch * tokens * heads * d
+        yield Case(
+            "RoPE forward + backward",
+            {"model": size.model, "B": batch, "S": tokens, "Hq": q_heads, "Hk": k_heads, "d": d, "layout": layout,
+             "dtype": str(dtype).removeprefix("torch.")},
+            partial(_make, size, dtype, device, i < COMPILED), 2 * flops(batch * tokens, heads, d),
+            # The tables are read once per token of the sequence, not of the batch: L2 holds them.
+            2 * fused_bytes(batch * tokens, heads, d, dtype.itemsize, table=0) + 2 * fused_bytes(tokens, 0, d, 0),
+            # q, k, their gradients, both of ours, and twice that in eager peers; a few heads in float64.
+            10 * one * dtype.itemsize + 8 * 14 * min(one, max(2**24, batch * tokens * d)) + 64 * tokens * d,
+        )
 
 
-def _case(size: Size, dtype: torch.dtype, device: torch.device) -> Case:
+def _make(size: Size, dtype: torch.dtype, device: torch.device, compile_too: bool) -> Work:
     _, batch, tokens, q_heads, k_heads, d, layout = size
     generator = torch.Generator(device=device).manual_seed(0)
 
@@ -97,22 +117,26 @@ def _case(size: Size, dtype: torch.dtype, device: torch.device) -> Case:
         return lambda: forward_backward(function, inputs, upstream, layout)
 
     def error(result: Grads) -> tuple[float, float]:
-        exact = tuple(t.detach().double().requires_grad_() for t in inputs[:2])
-        wide = tables(positions, theta, torch.float64)
-        reference = forward_backward(eager, (*exact, *wide), tuple(t.double() for t in upstream), layout)
-        worst = max(relative_error(ours, theirs) for ours, theirs in zip(result, reference, strict=True))
-        return worst, torch.finfo(dtype).eps / 2  # one rounding, at the store
+        for out, like in zip(result, (*inputs[:2], *upstream), strict=True):
+            need_same_shape(out, like)
+        angles = tables(positions, theta, reference_dtype(device))
+        return worst_error(
+            pair for i in range(2) for heads in blocks(inputs[i].shape[2], batch * tokens * d)
+            for pair in _pairs((result[i], result[i + 2]), inputs[i], upstream[i], angles, heads, layout)
+        ), torch.finfo(dtype).eps  # one rounding, at the store, is half of it
 
-    def copy() -> Any:
-        return [t.clone() for t in (*inputs[:2], *upstream)]
+    peers = {"eager PyTorch": call(eager)} | ({"torch.compile": call(compiled)} if compile_too else {})
+    moved = (*inputs[:2], *upstream)
+    return Work(call(rope), error, peers, {"copy of the same bytes": lambda: [t.clone() for t in moved]})
 
-    heads = q_heads + k_heads
-    return Case(
-        "RoPE forward + backward",
-        {"model": size.model, "B": batch, "S": tokens, "Hq": q_heads, "Hk": k_heads, "d": d, "layout": layout,
-         "dtype": str(dtype).removeprefix("torch.")},
-        call(rope), error, 2 * flops(batch * tokens, heads, d),
-        # The tables are read once per token of the sequence, not of the batch: L2 holds them.
-        2 * fused_bytes(batch * tokens, heads, d, dtype.itemsize, table=0) + 2 * fused_bytes(tokens, 0, d, 0),
-        {"eager PyTorch": call(eager), "torch.compile": call(compiled), "copy of the same bytes": copy},
-    )
+
+def _pairs(
+    results: tuple[Tensor, Tensor], x: Tensor, upstream: Tensor, angles: tuple[Tensor, Tensor], heads: slice,
+    layout: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ours, exact) of some heads: what they become, and their gradient."""
+    leaf = wide(x[:, :, heads]).requires_grad_()
+    out = (rotate_half_split if layout == "half_split" else rotate_interleaved)(leaf, *angles)
+    (gradient,) = torch.autograd.grad(out, leaf, wide(upstream[:, :, heads]))
+    yield results[0][:, :, heads], out
+    yield results[1][:, :, heads], gradient

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from llmbook.kit.measure import Case, relative_error
+from llmbook.kit.compare import worst_error
+from llmbook.kit.kernels import DEVICE
+from llmbook.kit.measure import Case, Work
 
 from .engine import Node
 from .memory import watching
@@ -15,37 +17,44 @@ from .network import Problem, engine_step, timeline, torch_step
 Tensor = torch.Tensor
 LAYERS, ROWS, WIDTH, CLASSES = 16, 16384, 1024, 1000
 EVERY = (None, 1, 2, 4, 8, 16)
+SMALL: dict[str, Any] = {"size": (4, 16, 8, 5), "every": (None, 1, 2)}
 MIB = 2**20
 
 
 def cases(
-    device: torch.device | None = None, size: tuple[int, int, int, int] = (LAYERS, ROWS, WIDTH, CLASSES),
+    device: torch.device = DEVICE, size: tuple[int, int, int, int] = (LAYERS, ROWS, WIDTH, CLASSES),
     every: Sequence[int | None] = EVERY,
 ) -> Iterator[Case]:
     """One step of the engine per checkpoint length, PyTorch as its peer.
 
-    A case's sizes carry the memory: what the graph is counted to hold at most; and on a GPU what the allocator
+    A case's notes are about memory: what the graph is counted to hold at most; and on a GPU what the allocator
     reports for the engine and for PyTorch at the peak, and for the engine after each operation that ends a layer.
     """
-    device = device or torch.device("cuda")
+    layers, rows, width, classes = size
+    layer, head = 2 * rows * width * width, 2 * rows * width * classes
+    for k in every:
+        again = layers if k else 0
+        # Operands and results of the products alone: one forward, two backward, and one again.
+        hidden, last = 2 * rows * width + width**2, rows * (width + classes) + width * classes
+        read = 4 * ((3 * layers + again) * hidden + 3 * last)
+        yield Case(
+            "training step",
+            {"layers": layers, "rows": rows, "width": width, "dtype": "float32", "checkpoint every": k},
+            partial(_make, size, k, device), 3 * (layers * layer + head) + again * layer, read,
+            4 * ((5 * layers + 8) * rows * width + 8 * rows * classes + 4 * (layers * width**2 + width * classes)),
+        )
+
+
+def _make(size: tuple[int, int, int, int], k: int | None, device: torch.device) -> Work:
     problem = Problem(*size, dtype=torch.float32, device=device)
     reference = torch_step(problem)
-    layers, rows, width, classes = size
-    forward = 2 * rows * width * (layers * width + classes)
-    for k in every:
-        ours, theirs = partial(engine_step, problem, k), partial(torch_step, problem, k)
-        counted = timeline(problem, k).peak
-        sizes: dict[str, Any] = {
-            "layers": layers, "rows": rows, "width": width, "dtype": "float32", "checkpoint every": k,
-            "graph MiB, counted": round(counted / MIB),
-        }
-        if device.type == "cuda":
-            sizes |= measured(ours, theirs)
-        again = 2 * rows * width * width * layers if k else 0
-        yield Case(
-            "training step", sizes, ours, partial(_error, reference=reference), 3 * forward + again, counted,
-            {"PyTorch": theirs},
-        )
+    ours, theirs = partial(engine_step, problem, k), partial(torch_step, problem, k)
+
+    def notes() -> dict[str, Any]:
+        counted = {"graph MiB, counted": round(timeline(problem, k).peak / MIB)}
+        return counted | (measured(ours, theirs) if device.type == "cuda" else {})
+
+    return Work(ours, partial(_error, reference=reference), {"PyTorch": theirs}, notes=notes)
 
 
 def measured(ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, Any]:
@@ -78,5 +87,5 @@ def by_step(run: Callable[[], Any], read: Callable[[], int]) -> list[tuple[str, 
 
 
 def _error(gradients: list[Tensor], reference: list[Tensor]) -> tuple[float, float]:
-    """The worst parameter's relative error against PyTorch's own gradient without checkpoints."""
-    return max(relative_error(ours, theirs) for ours, theirs in zip(gradients, reference, strict=True)), 1e-4
+    """The worst parameter's error against PyTorch's own gradient without checkpoints."""
+    return worst_error(zip(gradients, reference, strict=True)), 1e-4

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmbook.kit.kernels import DEVICE, capability
-from llmbook.kit.measure import Case, relative_error
+from llmbook.kit.compare import PIECE, blocks, half, need_same_shape, wide, worst_error
+from llmbook.kit.kernels import DEVICE
+from llmbook.kit.measure import Case, Work
 
 from .chains import gelu
 from .counting import count
@@ -19,20 +20,21 @@ Tensor = torch.Tensor
 BATCHES = tuple(2**i for i in range(13))  # 1 … 4096
 WIDE = 8192  # rows and columns of the weight: 134 MB in half precision, more than any L2
 COPIED = 2**30  # elements; 2 GiB in half precision
-CHECKED = 64  # rows of a product that are compared with float64
+SMALL: dict[str, Any] = {"batches": (1, 3, 16), "size": 32, "copied": 800}
+TUNED = (16, WIDE)  # the M that torch.compile is timed at: to choose among Triton's GEMMs takes it 20 seconds
 
 
 def cases(
-    device: torch.device = DEVICE, batches: Iterable[int] = BATCHES, wide: int = WIDE, copied: int = COPIED,
+    device: torch.device = DEVICE, batches: Iterable[int] = BATCHES, size: int = WIDE, copied: int = COPIED,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Case]:
     """The copy and the large products that draw the roofs, then points under them; bf16 where the GPU has it."""
-    dtype = dtype or (torch.bfloat16 if capability() >= 80 else torch.float16)
+    dtype = dtype or half(device)
     yield _copy(copied, dtype, device)
-    yield _gemm("GEMM, large", wide, wide, dtype, device)
-    yield _gemm("GEMM, CUDA cores", wide // 2, wide // 2, torch.float32, device)
+    yield _gemm("GEMM, large", size, size, dtype, device)
+    yield _gemm("GEMM, CUDA cores", size // 2, size // 2, torch.float32, device)
     for M in batches:
-        yield _gemm("GEMM, decode", M, wide, dtype, device)
+        yield _gemm("GEMM, decode", M, size, dtype, device)
     yield from _gelus(copied // 8, dtype, device)
 
 
@@ -42,32 +44,49 @@ def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _copy(n: int, dtype: torch.dtype, device: torch.device) -> Case:
-    x = _random(n, dtype=dtype, device=device)
-    out = torch.empty_like(x)
+    def make() -> Work:
+        x = _random(n, dtype=dtype, device=device)
+        out = torch.empty_like(x)
+
+        def error(copy: Tensor) -> tuple[float, float]:
+            need_same_shape(copy, x)
+            return 0.0 if all(torch.equal(copy[part], x[part]) for part in blocks(n, 1)) else 1.0, 0.0
+
+        return Work(lambda: out.copy_(x), error, {"clone": x.clone})
+
+    moved = 2 * n * dtype.itemsize
+    return Case("copy", {"elements": n, "dtype": NAMES[dtype]}, make, 0, moved, 2 * moved)
+
+
+def _gemm(name: str, M: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """[M, size] × [size, size]; the weight is stored [out, in], as a linear layer has it."""
+    g = Gemm(M, size, size, NAMES[dtype])
+    held = (2 * M * size + size**2) * dtype.itemsize
     return Case(
-        "copy", {"elements": n, "dtype": NAMES[dtype]}, lambda: out.copy_(x),
-        lambda copy: (0.0 if torch.equal(copy, x) else 1.0, 0.0), 0, 2 * x.nbytes, {"clone": x.clone},
+        name, {"M": M, "N": size, "K": size, "dtype": g.dtype}, functools.partial(_product, M, size, dtype, device),
+        g.flop, g.bytes, held + 8 * (size**2 + 8 * min(M * size, PIECE + size)),
     )
 
 
-def _gemm(name: str, M: int, wide: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """[M, wide] × [wide, wide]; the weight is stored [out, in], as a linear layer has it."""
+def _product(M: int, size: int, dtype: torch.dtype, device: torch.device) -> Work:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         raise ValueError("fp32 products would be rounded to tf32: call torch.set_float32_matmul_precision('highest')")
-    a, w = (_random(rows, wide, dtype=dtype, device=device) for rows in (M, wide))
-    g = Gemm(M, wide, wide, NAMES[dtype])
+    a, w = (_random(rows, size, dtype=dtype, device=device) for rows in (M, size))
+    # fp32 is checked in float64 on every GPU: beside itself it would prove nothing. Sums of K round at each step.
+    exact = torch.Tensor.double if dtype == torch.float32 else wide
+    allowed = 4 * torch.finfo(dtype).eps + size**0.5 * torch.finfo(torch.float32).eps
 
     def error(out: Tensor) -> tuple[float, float]:
-        rows = slice(max(0, M - CHECKED), M)  # the last rows: a tile over the edge shows there
-        return relative_error(out[rows], a[rows].double() @ w.double().T), 4 * torch.finfo(dtype).eps
+        need_same_shape(out, torch.empty(M, size, device="meta"))
+        right = exact(w).T
+        return worst_error((out[rows], exact(a[rows]) @ right) for rows in blocks(M, size)), allowed
 
     peers: dict[str, Callable[[], Any]] = {"F.linear": lambda: F.linear(a, w)}
-    if M > 1:
+    if M == 1:  # a vector: another kernel, the GEMV
+        peers["torch.mv"] = lambda: torch.mv(w, a[0])[None]
+    elif M in TUNED:
         peers["torch.compile"] = lambda: _compiled()(a, w)
-    else:  # a vector: another kernel, the GEMV
-        peers["torch.mv"] = lambda: torch.mv(w, a[0])
-    sizes = {"M": M, "N": wide, "K": wide, "dtype": g.dtype}
-    return Case(name, sizes, lambda: torch.mm(a, w.T), error, g.flop, g.bytes, peers)
+    return Work(lambda: torch.mm(a, w.T), error, peers)
 
 
 @functools.cache
@@ -77,21 +96,26 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _gelus(n: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    x = _random(n, dtype=dtype, device=device)
-    bare = torch.empty(n, dtype=dtype, device="meta")
+    counted = count(gelu, torch.empty(n, dtype=dtype, device="meta"))
     sizes = {"elements": n, "dtype": NAMES[dtype]}
+    memory = 6 * n * dtype.itemsize + 8 * 8 * min(n, PIECE)
 
-    def error(out: Tensor) -> tuple[float, float]:
-        ends = torch.cat([x[:CHECKED], x[-CHECKED:]]).double()
-        return relative_error(torch.cat([out[:CHECKED], out[-CHECKED:]]), F.gelu(ends)), 4 * torch.finfo(dtype).eps
+    def make(fused: bool) -> Work:
+        x = _random(n, dtype=dtype, device=device)
 
-    counted = count(gelu, bare)
-    apart, one = counted.unfused(), counted.fused()
-    yield Case("GELU, an operation at a time", sizes, lambda: gelu(x), error, apart.flop, apart.bytes)
-    yield Case(
-        "GELU, fused", sizes, lambda: F.gelu(x), error, one.flop, one.bytes,
-        {"torch.compile of the chain": lambda: _compiled_gelu()(x)},
-    )
+        def error(out: Tensor) -> tuple[float, float]:
+            need_same_shape(out, x)
+            pairs = ((out[part], F.gelu(wide(x[part]))) for part in blocks(n, 1))
+            return worst_error(pairs), 4 * torch.finfo(dtype).eps
+
+        if not fused:
+            return Work(lambda: gelu(x), error)
+        return Work(lambda: F.gelu(x), error, {"torch.compile of the chain": lambda: _compiled_gelu()(x)})
+
+    for name, fused, cost in (
+        ("GELU, an operation at a time", False, counted.unfused()), ("GELU, fused", True, counted.fused()),
+    ):
+        yield Case(name, sizes, functools.partial(make, fused), cost.flop, cost.bytes, memory)
 
 
 @functools.cache
