@@ -98,13 +98,15 @@ class Comm:
         dist.recv(header, source, tag=tag)
         count, padded = HEADER.unpack(bytes(header.tolist()))
         sent, here = (count, padded.rstrip(b"\0").decode()), (into.numel(), _name(into.dtype))
-        if sent != here:
+        fits = sent == here
+        room = _as_bytes(into if fits else torch.empty(count, dtype=getattr(torch, sent[1]), device=self.device))
+        if count:  # one that does not fit is taken out of the way, or its sender would wait for ever
+            dist.recv(room, source, tag=tag)
+        if not fits:
             raise ValueError(
                 f"rank {source} sent {_amount(*sent)} to rank {self.rank}, tag {tag}, "
                 f"which receives into {_amount(*here)}"
             )
-        if count:
-            dist.recv(_as_bytes(into), source, tag=tag)
         self.receipts.append((source, self.rank, tag, self._now()))
         return into
 

@@ -13,7 +13,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ class Outgoing(Base):  # type: ignore[misc, valid-type]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor):
-            return _reduce_tensor(obj)
-        if isinstance(obj, torch.storage.TypedStorage):  # made anew for each tensor; what they share is inside
-            return _typed, (obj._untyped_storage, obj.dtype)
-        if isinstance(obj, torch.UntypedStorage):
-            return _storage, (torch.empty(0, dtype=torch.uint8, device="cpu").set_(obj).numpy(),)
+            _refuse(obj)
+        if (reduced := _reduce(obj)) is not NotImplemented:
+            return reduced
+        if isinstance(obj, CodeType):  # cloudpickle drops the cell's name, and with it a traceback's lines
+            return _named, (obj.co_filename, *self.dispatch_table[CodeType](obj))
         reduced = super().reducer_override(obj)
         if isinstance(obj, ModuleType):
             self.modules[obj.__name__] = None
@@ -60,15 +60,27 @@ class Outgoing(Base):  # type: ignore[misc, valid-type]
         return {file: entry for file, entry in cached.items() if len(entry) == 4 and entry[1] is None}
 
 
-def _reduce_tensor(tensor: torch.Tensor) -> tuple:
+def _refuse(tensor: torch.Tensor) -> None:
     if tensor.device.type not in ("cpu", "meta"):
         where = f"a tensor of shape {tuple(tensor.shape)} is on {tensor.device}"
         raise ValueError(f"{where}, and ranks compute on the CPU: send .cpu()")
     if tensor.grad_fn is not None:
         where = f"a tensor of shape {tuple(tensor.shape)} hangs on the graph that made it"
         raise ValueError(f"{where}, and a graph stays in its process: detach() it")
-    rebuild, arguments, *rest = tensor.__reduce_ex__(5)
-    return _tensor, (rebuild, arguments, tensor.grad), *rest
+
+
+def _reduce(obj: Any) -> Any:
+    """How tensors and their storages are pickled here; NotImplemented for everything else."""
+    if isinstance(obj, torch.Tensor):
+        rebuild, arguments, *rest = obj.__reduce_ex__(5)
+        if isinstance(arguments[0], torch.UntypedStorage):  # of a new dtype (float8, uint16): rebuilt from a typed one
+            arguments = _typed(arguments[0], torch.uint8), *arguments[1:]
+        return _tensor, (rebuild, arguments, obj.grad if obj.is_leaf else None), *rest
+    if isinstance(obj, torch.storage.TypedStorage):  # made anew for each tensor; what they share is inside
+        return _typed, (obj._untyped_storage, obj.dtype)
+    if isinstance(obj, torch.UntypedStorage):
+        return _storage, (torch.empty(0, dtype=torch.uint8, device="cpu").set_(obj).numpy(),)
+    return NotImplemented
 
 
 def _tensor(rebuild: Callable, arguments: tuple, grad: torch.Tensor | None) -> torch.Tensor:
@@ -84,6 +96,10 @@ def _typed(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.storage.T
 
 def _storage(array: np.ndarray) -> torch.UntypedStorage:
     return torch.from_numpy(array).clone().untyped_storage()  # cloned, to be aligned as torch's own
+
+
+def _named(file: str, make: Callable, arguments: tuple) -> CodeType:
+    return make(*arguments).replace(co_filename=file)
 
 
 def installed(name: str) -> bool:
@@ -162,6 +178,9 @@ class Results(pickle.Pickler):
 
     def persistent_id(self, obj: Any) -> int | None:
         return self.numbers.get(id(obj))
+
+    def reducer_override(self, obj: Any) -> Any:
+        return _reduce(obj)
 
 
 class Received(pickle.Unpickler):

@@ -29,9 +29,7 @@ from .rank_parcel import Received, installed, pack
 # Read once, at import or start, by torch, Triton, OpenMP, BLAS: another value needs another server.
 READ_ONCE = ("TRITON", "TORCH", "PYTORCH", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "PYTHON")
 
-
-class Gone(Exception):
-    """The server died before it had forked the job."""
+GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # the other end of a connection has ended
 
 
 class Server:
@@ -93,14 +91,7 @@ def fork_ranks(function: Callable, size: int, args: tuple, timeout: float) -> li
         raise RuntimeError("ranks.run forks its processes, which this system cannot: use Linux, macOS, WSL or Colab")
     parcel, own, modules = pack(function, args)
     _needed.update(dict.fromkeys(filter(installed, modules)))
-    request = pickle.dumps((size, timeout, parcel))
-    try:
-        kind, told = _run(request)
-    except Gone:
-        try:
-            kind, told = _run(request)  # it had been killed, and its death not yet been seen
-        except Gone:
-            raise RankError("the process that ranks are forked from ended twice while it started") from None
+    kind, told = _run(pickle.dumps((size, timeout, parcel)))
     if kind == "failed":
         raise RankError(told)
     reports = []
@@ -116,7 +107,25 @@ def fork_ranks(function: Callable, size: int, args: tuple, timeout: float) -> li
 
 
 def _run(request: bytes) -> tuple[str, Any]:
-    """One run by one job: what it tells at its end, `("reports", …)` or `("failed", words)`.
+    """One run by one job: what it tells at its end, `("reports", …)` or `("failed", words)`."""
+    for _ in range(2):  # a server may have been killed, and nobody have seen it yet
+        with _lock:
+            if _server and not _server[0].usable():
+                _server.pop().close()
+            if not _server:
+                _server.append(Server())
+            server = _server[0]
+        if heard := _job(server, request):
+            if len(heard) == 1:
+                raise RankError("the process that watches over the ranks was killed, and the ranks ended with it")
+            return heard[1]
+        with _lock:
+            server.close()
+    raise RankError("the process that ranks are forked from ended twice before it had forked them")
+
+
+def _job(server: Server, request: bytes) -> list[Any]:
+    """All that a job says until it is gone: nothing if it never was, "started", then how the run ended.
 
     Whatever happens here (an interrupt too), no process of the run is left when this returns or raises.
     """
@@ -124,50 +133,33 @@ def _run(request: bytes) -> tuple[str, Any]:
     relays = [Relay("stdout"), Relay("stderr")]
     caller = Connection(os.dup(ours.fileno()))
     try:
-        with theirs:
-            _ask([theirs.fileno(), *(relay.write for relay in relays)])
+        with theirs, contextlib.suppress(*GONE):
+            socket.send_fds(server.control, [b"r"], [theirs.fileno(), *(relay.write for relay in relays)])
         for relay in relays:
             relay.close_write()
-        heard = _listen(caller, relays, request)
+        with contextlib.suppress(*GONE):
+            caller.send(list(_needed))
+            caller.send_bytes(request)
+        return _listen(caller, relays)
     finally:
         _stop(ours)
         caller.close()
         for relay in relays:
             relay.close()
-    if not heard:
-        raise Gone
-    if len(heard) == 1:
-        raise RankError("the process that watches over the ranks was killed, and the ranks ended with it")
-    return heard[1]
 
 
-def _ask(ends: list[int]) -> None:
-    with _lock:
-        if _server and not _server[0].usable():
-            _server.pop().close()
-        if not _server:
-            _server.append(Server())
-        try:
-            socket.send_fds(_server[0].control, [b"r"], ends)
-        except (BrokenPipeError, ConnectionResetError):
-            raise Gone from None
-
-
-def _listen(caller: Connection, relays: list["Relay"], request: bytes) -> list[Any]:
-    """All that the job says until it is gone: nothing if it never was, "started", then how the run ended."""
+def _listen(caller: Connection, relays: list["Relay"]) -> list[Any]:
     heard: list[Any] = []
-    try:
-        caller.send(list(_needed))
-        caller.send_bytes(request)
-        while True:
-            talking = {relay.read: relay for relay in relays if relay.open}
-            for ready in wait([caller, *talking]):
-                if isinstance(ready, int):
-                    talking[ready].pass_on()
-                else:
-                    heard.append(caller.recv())
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return heard
+    while True:
+        talking = {relay.read: relay for relay in relays if relay.open}
+        for ready in wait([caller, *talking]):
+            if isinstance(ready, int):
+                talking[ready].pass_on()
+                continue
+            try:
+                heard.append(caller.recv())
+            except GONE:
+                return heard
 
 
 def _stop(ours: socket.socket) -> None:
