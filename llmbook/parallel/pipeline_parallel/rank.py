@@ -1,6 +1,7 @@
 """A rank of a pipeline, operations aside: its messages in order, and an account of what it holds."""
 
 import contextlib
+import functools
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,6 @@ from .simulate import Key, simulate
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 ORDER = {"F": 1.0, "B": 2.0, "R": 1.0, "I": 1.0, "W": 1.0}
-# torch's first backward from a given gradient imports half a second's worth of modules: better here, once,
-# than in every forked rank, where it would stretch the first B.
-torch.autograd.backward([torch.zeros(1, requires_grad=True) * 1], [torch.zeros(1)])
 
 
 @dataclass
@@ -60,6 +58,8 @@ class Rank:
         self.weights = {weight.untyped_storage().data_ptr() for weight in weights}
         self.dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), inputs.dtype)
         self.kept: dict[tuple[int, int], Kept] = {}
+        self.booked: dict[tuple[int, int], tuple[bool, int]] = {}  # of each of them: all activations there? bytes
+        self.full, self.held = 0, 0  # the sums of what is booked
         self.inbox: dict[Key, Tensor] = {}
         self.lost: Tensor | float = 0.0
         self.peak_bytes, self.peak_full, self.peak_inputs = 0, 0.0, 0
@@ -92,11 +92,15 @@ class Rank:
     def input_gradient(self, op: Op, gradient: Tensor | None) -> None:
         """To the stage before, if there is one."""
         if op.stage:
-            assert gradient is not None
+            if gradient is None:
+                raise ValueError(f"stage {op.stage} detaches: no gradient of its output reaches its input")
             self.pass_on(op, gradient, op.stage - 1)
 
     def build(self, op: Op, kept: Kept) -> Tensor:
-        """Apply the stage with autograd on, counting the bytes it saves, each storage once, weights aside."""
+        """Apply the stage with autograd on, counting the bytes it saves, each storage once, weights aside.
+
+        Only a first stage without a weight to learn may give an output without a graph; its root stays None.
+        """
         if op.stage:
             kept.input.requires_grad_()
 
@@ -113,7 +117,10 @@ class Rank:
 
         with torch.autograd.graph.saved_tensors_hooks(note, unchanged):
             y = self.apply(op, kept.input)
-        kept.root = torch.autograd.graph.get_gradient_edge(y)
+        if y.requires_grad:
+            kept.root = torch.autograd.graph.get_gradient_edge(y)
+        elif op.stage or any(weight.requires_grad for weight in self.modules[op.stage].parameters()):
+            raise ValueError(f"stage {op.stage} detaches: its output has no graph to learn by")
         return y.detach()
 
     def apply(self, op: Op, x: Tensor) -> Tensor:
@@ -168,11 +175,18 @@ class Rank:
             yield
             rest = began + self.pace.get(op.kind, 0.0) / self.schedule.chunks - time.monotonic()
             time.sleep(max(0.0, rest))
-        held = self.kept.values()
-        full = sum(kept.root is not None for kept in held) / self.schedule.chunks
-        self.peak_full = max(self.peak_full, full)
+        self.book((op.stage, op.micro))
+
+    def book(self, key: tuple[int, int]) -> None:
+        """Count what is held of one micro-batch on one stage; the others have not changed since they were counted."""
+        was_full, was_held = self.booked.pop(key, (False, 0))
+        if kept := self.kept.get(key):
+            self.booked[key] = kept.root is not None, sum(kept.storages.values())
+        full, held = self.booked.get(key, (False, 0))
+        self.full, self.held = self.full + full - was_full, self.held + held - was_held
+        self.peak_full = max(self.peak_full, self.full / self.schedule.chunks)
         self.peak_inputs = max(self.peak_inputs, len(self.kept) if self.schedule.recompute else 0)
-        self.peak_bytes = max(self.peak_bytes, sum(sum(kept.storages.values()) for kept in held))
+        self.peak_bytes = max(self.peak_bytes, self.held)
 
 
 def wire_order(schedule: Schedule, rank: int) -> dict[int, deque[Key]]:
@@ -181,13 +195,19 @@ def wire_order(schedule: Schedule, rank: int) -> dict[int, deque[Key]]:
     Raises:
         ScheduleError: the schedule would wait forever.
     """
+    return {peer: deque(keys) for peer, keys in _orders(schedule)[rank].items()}
+
+
+@functools.lru_cache(maxsize=4)  # a step is simulated once, however many are done
+def _orders(schedule: Schedule) -> list[dict[int, list[Key]]]:
+    """For each rank, what `wire_order` says of it."""
     ends = {span.op: span.end for mine in simulate(schedule, ORDER).spans for span in mine}
-    order: dict[int, deque[Key]] = defaultdict(deque)
+    orders: list[dict[int, list[Key]]] = [defaultdict(list) for _ in schedule.ops]
     for op, to in sorted(crossings(schedule), key=lambda crossing: (ends[crossing[0]], crossing[0])):
-        source = schedule.placement[op.stage]
-        if rank in (source, to):
-            order[to if rank == source else source].append((_gives(op), op.stage, op.micro))
-    return order
+        source, key = schedule.placement[op.stage], (_gives(op), op.stage, op.micro)
+        orders[source][to].append(key)
+        orders[to][source].append(key)
+    return orders
 
 
 def _gives(op: Op) -> str:

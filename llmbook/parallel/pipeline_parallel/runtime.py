@@ -17,8 +17,9 @@ class Report(NamedTuple):
     """What one rank did in a step.
 
     `loss` is the batch's (None except on the last stage's rank); `gradients` maps a stage to its parameters'
-    gradients in order; the peaks are counted as held between operations: bytes that autograd and the runtime
-    keep for later backwards, micro-batches with all activations (a chunk counts 1/chunks), bare stage inputs.
+    gradients in order (a frozen one's is 0); the peaks are counted as held between operations: bytes that autograd
+    and the runtime keep for later backwards, micro-batches with all activations (a chunk counts 1/chunks), bare
+    stage inputs.
     """
 
     loss: float | None
@@ -58,7 +59,8 @@ class Worker(Rank):
         above = self.output_gradient(op)
         kept = self.kept[op.stage, op.micro]
         with self.logged(op):
-            torch.autograd.backward([kept.root], [above])
+            if kept.root is not None:  # else a first stage that learns nothing
+                torch.autograd.backward([kept.root], [above])
             del self.kept[op.stage, op.micro]
         self.input_gradient(op, kept.input.grad)
 
@@ -80,7 +82,8 @@ def pipeline_step(
 
     Raises:
         ScheduleError: the schedule would wait forever; nothing was sent.
-        ValueError: schedule, ranks, batch or a stage's output shape do not fit each other.
+        ValueError: schedule, ranks, batch or a stage's output shape do not fit each other, or a stage detaches: what
+            crosses must carry gradients, except out of a first stage without a weight to learn.
     """
     done = worker(comm, schedule, modules, inputs, targets, loss, hidden, pace or {})
     comm.barrier()

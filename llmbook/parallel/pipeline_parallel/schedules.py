@@ -6,6 +6,7 @@ nothing about time: the simulator adds costs to it, the runtime adds tensors.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
@@ -64,12 +65,12 @@ class Schedule:
         """Stages per rank: a stage has 1/chunks of its rank's layers."""
         return max(1, self.stages // self.ranks)
 
-    @property
+    @cached_property
     def micros(self) -> int:
         every = (op.micro for mine in self.ops for op in mine)
         return 1 + max(every, default=-1)
 
-    @property
+    @cached_property
     def recompute(self) -> bool:
         """Whether F drops its activations and an R brings them back."""
         return any(op.kind == "R" for mine in self.ops for op in mine)
