@@ -37,37 +37,47 @@ class Failure:
         return f"{self.chapter}, cell {self.cell}: {self.what}"
 
 
-def run(chapter: Chapter, *, pretend: int | None = None, compare: bool = False, timeout: float = 600) -> list[Failure]:
-    """Execute a chapter's cells, every one, also after one has failed.
+def execute(notebook: Any, folder: Path, *, pretend: int | None = None, timeout: float = 600) -> None:
+    """Run a notebook's cells in a clean kernel, every one, also after one has failed; outputs are written into it.
 
     Args:
+        folder: where the kernel works.
         pretend: compute capability × 10 of a GPU to pretend; None for what is here.
-        compare: whether outputs must equal the stored ones.
         timeout: seconds a cell may take.
     """
-    stored = nbformat.read(chapter.notebook, as_version=4)
-    notebook = nbformat.read(chapter.notebook, as_version=4)
     if pretend is not None:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(START.format(sm=pretend)))
     client = NotebookClient(
         notebook, timeout=timeout, kernel_name="python3", allow_errors=True, coalesce_streams=True,
-        resources={"metadata": {"path": str(chapter.notebook.parent)}}, extra_arguments=["--log-level=40"],
+        resources={"metadata": {"path": str(folder)}}, extra_arguments=["--log-level=40"],
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    # PYDEVD: old kernels warn of their own debugger, once for each notebook.
+    environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if pretend is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment.pop("TRITON_INTERPRET", None)
     client.execute(env=environment)
+    if pretend is not None:
+        started = error_of(notebook.cells.pop(0))
+        if started:
+            raise RuntimeError(f"the pretended GPU did not start: {started}")
+
+
+def error_of(cell: Any) -> str:
+    """What a cell raised, or ""."""
+    errors = [output for output in cell.get("outputs", []) if output.output_type == "error"]
+    return f"{errors[0].ename}: {errors[0].evalue}" if errors else ""
+
+
+def run(chapter: Chapter, *, pretend: int | None = None, compare: bool = False) -> list[Failure]:
+    """Execute a chapter; the cells that raised, and with `compare` those whose outputs are not the stored ones."""
+    stored, notebook = (nbformat.read(chapter.notebook, as_version=4) for _ in range(2))
+    execute(notebook, chapter.notebook.parent, pretend=pretend)
     failures = []
-    cells = notebook.cells[1:] if pretend is not None else notebook.cells
-    for i, (cell, before) in enumerate(zip(cells, stored.cells, strict=True)):
-        if cell.cell_type != "code":
-            continue
-        errors = [output for output in cell.outputs if output.output_type == "error"]
-        if errors:
-            failures.append(Failure(chapter.file, i, f"{errors[0].ename}: {errors[0].evalue}"))
-        elif compare and not UNSTABLE & set(cell.metadata.get("tags", [])) and (change := difference(before, cell)):
-            failures.append(Failure(chapter.file, i, change))
+    for i, (cell, before) in enumerate(zip(notebook.cells, stored.cells, strict=True)):
+        compared = compare and not UNSTABLE & set(cell.metadata.get("tags", []))
+        if what := error_of(cell) or (difference(before, cell) if compared else ""):
+            failures.append(Failure(chapter.file, i, what))
     return failures
 
 
@@ -80,7 +90,7 @@ def difference(before: Any, after: Any) -> str:
 
 def _printed(cell: Any) -> str:
     parts = []
-    for output in cell.outputs:
+    for output in cell.get("outputs", []):
         if output.output_type == "stream":
             parts.append(output.text)
         else:

@@ -126,6 +126,11 @@ def _second_device() -> None:
         def get_amp_supported_dtype(self) -> list[torch.dtype]:
             return [torch.float16, torch.bfloat16]
 
+        def get_rng_state(self, *_: Any) -> torch.Tensor:
+            return torch.get_rng_state()
+
+        def set_rng_state(self, *_: Any) -> None: ...
+
     torch.utils.backend_registration._setup_privateuseone_for_python_backend("npy", backend_module=Module())
 
 
@@ -259,17 +264,16 @@ def _small() -> None:
     """Benchmarks at the sizes that their chapters keep for the interpreter, each call timed once."""
     import sys
 
-    from llmbook.kit import measure
+    from llmbook.kit import measure, stopwatch
 
-    report = measure.report
+    report, stopwatch.ROUNDS = measure.report, (2, 2)
 
     def once(call: Any) -> float:
         call()
         return 1.0
 
     def small(chapter: str, cases: Any, **options: Any) -> None:
-        module = sys.modules[cases.__module__]
-        if not hasattr(module, "SMALL"): return print("TEMP no SMALL")
-        report(chapter, lambda: cases(**module.SMALL), **options, timer=once)
+        sizes = sys.modules[cases.__module__].SMALL
+        report(chapter, lambda: cases(**sizes), **options, timer=once)
 
     measure.report = small
