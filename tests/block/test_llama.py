@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmbook.block.attention_and_kv_cache.cache import PagedCache
-from llmbook.block.llama import benchmark
 from llmbook.block.llama.config import PUBLISHED, Config, Longer, from_hugging_face, swiglu_width, to_hugging_face
 from llmbook.block.llama.counts import forward_flop, kv_bytes, parameters, times, training_flop, walk
 from llmbook.block.llama.model import Llama, SwiGLU
@@ -269,44 +268,3 @@ def test_no_tokens_and_no_sequences_give_no_logits():
     ours = Llama(SMALL)
     assert ours(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 40)
     assert ours(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3, 40)
-
-
-def test_what_is_timed_on_a_gpu_is_right_and_so_is_its_peer():
-    for case in benchmark.cases(**benchmark.SMALL, dtype=torch.float32):
-        work = case.make()
-        for run in (work.run, work.peers["Hugging Face, eager"], work.run):  # the peer leaves its cache as it was
-            error, allowed = work.error(run())
-            assert error < 1e-4 < allowed
-
-
-def test_hugging_faces_model_is_timed_on_the_same_memory():
-    ours = benchmark.model(SMALL, torch.bfloat16, torch.device("cpu"))
-    theirs = dict(benchmark.hugging_faces(ours).named_parameters())
-    for name, w in ours.named_parameters():
-        assert w.data_ptr() == theirs[name].data_ptr(), name
-
-
-def test_half_precision_without_bf16_gives_gradients_too():
-    """fp16: the loss is a sum, or its gradients would vanish."""
-    (case, _) = benchmark.cases(**benchmark.SMALL, dtype=torch.float16)
-    work = case.make()
-    assert case.sizes["dtype"] == "float16"
-    error, allowed = work.error(work.run())
-    assert error <= allowed
-
-
-def test_a_decode_benchmark_runs_no_prefill(monkeypatch):
-    """The cache is filled with random numbers: no pass over what it holds."""
-    passes, forward = [], Llama.forward
-
-    def seen(self, ids, *rest):
-        passes.append(ids.shape)
-        return forward(self, ids, *rest)
-
-    monkeypatch.setattr(Llama, "forward", seen)
-    *_, case = benchmark.cases(**benchmark.SMALL)
-    work = case.make()
-    assert passes == []
-    work.error(work.run())
-    assert passes[0] == (3, 1)
-    assert set(passes[1:]) == {(1, 1)}

@@ -120,8 +120,11 @@ def optimizer(model: Llama, r: Recipe) -> torch.optim.AdamW:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether it is a GPU with bf16 of its own: Turing and before (a T4) would emulate it, and train in float32."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether it is a GPU with bf16 of its own; a T4 would emulate it, so it
+    trains in float32."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def train(
