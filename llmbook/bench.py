@@ -41,7 +41,7 @@ def bench(name: str) -> bool:
     print(f"{name}:", flush=True)
     try:
         module = importlib.import_module(f"llmbook.{name.replace('/', '.')}.benchmark")
-        path, bad = measure.record(name, module.cases())
+        path, bad = measure.record(name, module.cases(), folder=measure.RECORDED)
     except Exception as why:
         print(f"{name}: {reason(why)}", file=sys.stderr)
         return False

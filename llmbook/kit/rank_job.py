@@ -122,13 +122,21 @@ def _report(
         comm = Comm(rank, size, torch.device("cpu"), began)
         result = function(comm, *args)
         comm.flush()
-        packed = io.BytesIO()
-        Results(packed, own).dump(result)
+        packed = _pack_result(result, own)
         new = [name for name in sys.modules if name not in known and installed(name)]
         comm.barrier()  # a rank that leaves early would close connections the others still read from
-        return pickle.dumps(("done", packed.getvalue(), comm.sends, comm.receipts, comm.work, new))
+        return pickle.dumps(("done", packed, comm.sends, comm.receipts, comm.work, new))
     except BaseException:
         return pickle.dumps(("raised", time.monotonic(), traceback.format_exc()))
+
+
+def _pack_result(result: Any, own: list[Any]) -> bytes:
+    packed = io.BytesIO()
+    try:
+        Results(packed, own).dump(result)
+    except Exception as error:
+        raise pickle.PicklingError(f"the result, a {type(result).__name__}, cannot be sent back: {error}") from error
+    return packed.getvalue()
 
 
 def _collect(

@@ -5,6 +5,7 @@ drops without a word (gradients, storages that several tensors share) or would c
 the process; and results' classes, which come back as the sender's own.
 """
 
+import functools
 import io
 import linecache
 import os
@@ -43,6 +44,8 @@ class Outgoing(Base):  # type: ignore[misc, valid-type]
             return reduced
         if isinstance(obj, CodeType):  # cloudpickle drops the cell's name, and with it a traceback's lines
             return _named, (obj.co_filename, *self.dispatch_table[CodeType](obj))
+        if isinstance(obj, functools.cached_property):  # holds a lock before Python 3.12
+            return _cached, (obj.func, obj.attrname)
         reduced = super().reducer_override(obj)
         if isinstance(obj, ModuleType):
             self.modules[obj.__name__] = None
@@ -100,6 +103,12 @@ def _storage(array: np.ndarray) -> torch.UntypedStorage:
 
 def _named(file: str, make: Callable, arguments: tuple) -> CodeType:
     return make(*arguments).replace(co_filename=file)
+
+
+def _cached(function: Callable, name: str) -> functools.cached_property:
+    made = functools.cached_property(function)
+    made.__set_name__(object, name)
+    return made
 
 
 def installed(name: str) -> bool:

@@ -6,14 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmbook.block.mla import benchmark
 from llmbook.block.mla.cache import LatentCache
 from llmbook.block.mla.decode import decode_as_mqa, latent_decode
-from llmbook.block.mla.sizes import V3, Sizes
 from llmbook.block.mla.tiles import tiles_for
 from llmbook.kit import ahead
 from llmbook.kit.hardware import SHARED_PER_BLOCK
-from llmbook.kit.measure import measure
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -186,26 +183,3 @@ def test_tiles_fit_their_heads(sm, element):
         assert tiles.rows <= 64
         assert tiles.BN >= 16
         assert tiles.rows < 16 or tiles.rows < 2 * max(heads, 9)
-
-
-def test_the_benchmarks_cases_are_right_before_they_are_timed():
-    widths = Sizes(64, 16, 32, 16, 16, 16)
-    for case in benchmark.cases(shapes=[(1, 16, 96), (2, 8, 70)], from_heads=[(2, 8, 70)], widths=widths, dtype=HALF):
-        error, allowed = case.error(case.run())
-        assert error <= allowed, case.name
-        peers = dict(case.peers)
-        peers.pop("FlexAttention", None)  # compiles for a GPU
-        row = measure(case.__class__(**{**vars(case), "peers": peers}), timer=lambda call: (call(), [1.0] * 5)[1])
-        assert all("unavailable" not in result for result in row["peers"].values()), row
-        wanted = {tuple(t.shape) for t in (peer() for name, peer in peers.items() if "copy" not in name)}
-        assert len(wanted) == 1
-        for name, peer in peers.items():
-            if name != "copy of as many bytes":
-                result = case.run()
-                ours = result[0][:, :, None] if isinstance(result, tuple) else result[:, :, None]
-                torch.testing.assert_close(peer(), ours, rtol=2e-2, atol=5e-3)
-
-
-def test_the_benchmark_measures_deepseeks_widths():
-    assert (V3.latent, V3.rope, V3.qk) == (512, 64, 192)
-    assert {heads for _, heads, _ in benchmark.SHAPES} == {16, 128}

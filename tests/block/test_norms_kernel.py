@@ -198,15 +198,6 @@ def test_builds_name_every_argument():
         assert set(build.signature) | set(build.constants(80)) == set(build.kernel.arg_names)
 
 
-def test_benchmark_cases_are_right_and_their_peers_run():
-    for case in benchmark.cases(torch.device("cpu"), (benchmark.Size(5, 64), benchmark.Size(3, 2500))):
-        result = case.run()
-        error, allowed = case.error(result)
-        assert 0 < error <= allowed
-        for name in ("F.rms_norm", "copy of the same bytes"):
-            case.peers[name]()
-        assert case.error(tuple(-t for t in result))[0] > allowed
-        assert not case.error((*result[:-1], result[-1] * float("nan")))[0] <= allowed
-        assert abs(2 * case.peers["copy of the same bytes"]().numel() - case.bytes) <= 1
-    timed = measure.measure(case, timer=lambda call: [1.0, 1.0, 1.0])
-    assert timed["bytes"] == case.bytes > 0
+def test_the_benchmarks_copy_moves_as_many_bytes_as_the_norm():
+    for case in benchmark.cases(**benchmark.SMALL):
+        assert abs(2 * case.make().yardsticks["copy of the same bytes"]().numel() - case.bytes) <= 1

@@ -29,7 +29,6 @@ from llmbook.gpu.flash_attention.forward import (
 from llmbook.gpu.flash_attention.kernel import flash_attention_1
 from llmbook.gpu.flash_attention.memory import Memory, SramError
 from llmbook.gpu.flash_attention.rule import error_by_the_rule, standard
-from llmbook.kit import measure
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 17), st.integers(1, 17))
 
@@ -222,15 +221,43 @@ def test_narrow_tiles_before_tensor_cores():
     assert kernel_module.block_rows(128, 90) == 32
 
 
-def test_the_benchmarks_cases_pass_their_own_check():
-    for case in benchmark.cases(torch.device("cpu"), [(1, 2, 40, 16)], torch.float16):
-        error, allowed = case.error(case.run())
-        assert error <= allowed
-        assert case.flops == 4 * 40 * 40 * 16 * 2 // (2 if case.sizes["causal"] else 1)
-        wrong, allowed = case.error(case.run() + 0.1)
-        assert wrong > allowed
-        row = measure.measure(case, lambda call: (call(), [1.0] * 5)[1])
-        assert {"SDPA flash", "SDPA cuDNN", "standard, three kernels"} <= set(row["peers"])
+def test_the_benchmarks_cases_count_half_where_half_is_masked():
+    for case in benchmark.cases(**benchmark.SMALL):
+        assert case.flops == 4 * 40 * 40 * 16 * 6 // (2 if case.sizes["causal"] else 1)
+        assert {"SDPA flash", "SDPA cuDNN", "standard, three kernels"} <= set(case.make().peers)
+
+
+@pytest.mark.parametrize("damage", ["second sequence", "last head", "last number", "NaN in the last head"])
+def test_the_rule_looks_at_every_head_of_every_sequence(damage):
+    q, k, v = torch.randn(3, 2, 3, 40, 16, generator=torch.Generator().manual_seed(1)).half()
+    out = standard(q, k, v, True)
+
+    def plain(q, k, v):
+        return [standard(q, k, v, True)]
+
+    error, allowed = error_by_the_rule([out], (q, k, v), plain, times=2)
+    assert error <= allowed
+    if damage == "second sequence":
+        out[1] = out[0]
+    elif damage == "last head":
+        out[1, 2] = out[1, 1]
+    elif damage == "last number":
+        out[-1, -1, -1, -1] += 0.1
+    else:
+        out[0, 2, 5] = torch.nan
+    assert not error_by_the_rule([out], (q, k, v), plain, times=2)[0] <= allowed
+
+
+def test_the_rule_refuses_other_shapes_and_numbers_of_results():
+    q, k, v = torch.randn(3, 2, 3, 8, 16).half()
+
+    def plain(q, k, v):
+        return [standard(q, k, v, False)]
+
+    with pytest.raises(ValueError, match=r"the result is \[1, 3, 8, 16\], but the reference is \[2, 3, 8, 16\]"):
+        error_by_the_rule([standard(q, k, v, False)[:1]], (q, k, v), plain, times=2)
+    with pytest.raises(ValueError, match="there are 2 results, but 1 references"):
+        error_by_the_rule([q, q], (q, k, v), plain, times=2)
 
 
 # --- exercises

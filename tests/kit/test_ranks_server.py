@@ -2,12 +2,10 @@
 
 import importlib
 import os
-import signal
 import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import nbformat
@@ -16,7 +14,7 @@ import torch
 from nbclient import NotebookClient
 
 from llmbook.kit import rank_server, ranks
-from tests.processes import alive, children, gone
+from tests.processes import gone
 
 # A second kind of device makes autograd start threads, as a GPU does: after that a process cannot be forked.
 SECOND_DEVICE = """
@@ -167,109 +165,8 @@ def test_another_value_of_what_is_read_once_needs_another_server(monkeypatch):
     assert server() == before
 
 
-@pytest.mark.parametrize("seen", [True, False], ids=["seen", "not seen"])
-def test_a_killed_server_is_replaced(seen, monkeypatch):
-    ranks.run(ident, 1)
-    before = server()
-    os.kill(before, signal.SIGKILL)
-    if seen:
-        rank_server._server[0].process.wait()
-    else:  # it dies when its death has just been looked for
-        found_alive = iter([True])
-        usable = rank_server.Server.usable
-        monkeypatch.setattr(rank_server.Server, "usable", lambda self: next(found_alive, None) or usable(self))
-    assert ranks.run(ident, 3).results == [0, 1, 2]
-    assert server() != before
-
-
 def ident(comm):
     return comm.rank
-
-
-def test_a_server_that_cannot_start_is_told(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # so that a new one is needed
-    with pytest.raises(ranks.RankError, match="ended twice before it had forked"):
-        ranks.run(ident, 2)
-
-
-def linger(comm, folder):
-    (folder / f"pid-{comm.rank}").write_text(str(os.getpid()))
-    comm.barrier()
-    (folder / "ready").touch()
-    time.sleep(100)
-
-
-def pids(folder: Path, size: int) -> list[int]:
-    end = time.monotonic() + 60
-    while not (folder / "ready").exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    found = [int((folder / f"pid-{rank}").read_text()) for rank in range(size)]
-    assert all(map(alive, found))
-    return found
-
-
-def test_nothing_is_left_of_a_caller_that_was_killed(tmp_path):
-    process = script(tmp_path, textwrap.dedent(f"""
-        from pathlib import Path
-        from llmbook.kit import rank_server, ranks
-        import time, os
-
-        def linger(comm, folder):
-            (folder / f"pid-{{comm.rank}}").write_text(str(os.getpid()))
-            comm.barrier()
-            (folder / "ready").touch()
-            time.sleep(100)
-
-        ranks.run(lambda comm: 0, 1)
-        print(rank_server._server[0].process.pid, flush=True)
-        ranks.run(linger, 2, Path({str(tmp_path)!r}))
-    """))
-    servers = int(process.stdout.readline())
-    found = [servers, *children(servers), *pids(tmp_path, 2)]
-    process.kill()
-    process.communicate()
-    assert gone(*found)
-
-
-def test_an_interrupt_ends_the_run_and_the_next_one_works(tmp_path):
-    def interrupt():
-        found.extend(pids(tmp_path, 2))
-        os.kill(os.getpid(), signal.SIGINT)
-
-    found: list[int] = []
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        ranks.run(linger, 2, tmp_path)
-    thread.join()
-    assert not any(map(alive, found))  # at once: run waits for it
-    before = server()
-    assert ranks.run(ident, 2).results == [0, 1]
-    assert server() == before
-
-
-def test_ranks_end_with_the_process_that_watches_over_them(tmp_path):
-    def betray(comm):
-        (tmp_path / f"pid-{comm.rank}").write_text(str(os.getpid()))
-        comm.barrier()
-        (tmp_path / "ready").touch()
-        if comm.rank == 0:
-            os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(100)
-
-    with pytest.raises(ranks.RankError, match="watches over the ranks was killed"):
-        ranks.run(betray, 3)
-    assert gone(*[int((tmp_path / f"pid-{rank}").read_text()) for rank in range(3)])
-
-
-def test_what_a_run_leaves_running_ends_with_it(tmp_path):
-    def starts(comm):
-        child = subprocess.Popen(["sleep", "60"])
-        return child.pid
-
-    assert gone(*ranks.run(starts, 2).results)
 
 
 def test_what_ranks_print_appears_here(capsys):
@@ -328,16 +225,6 @@ def test_a_fork_of_the_caller_has_a_server_of_its_own(tmp_path):
     assert gone(theirs)
     assert ranks.run(ident, 2).results == [0, 1]
     assert server() == before
-
-
-def test_no_end_of_a_pipe_is_left_open():
-    ranks.run(ident, 2)
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        ranks.run(ident, 2)
-        with pytest.raises(ranks.RankError):
-            ranks.run(lambda comm: 1 / 0, 2)
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_system_without_fork_is_told(monkeypatch):

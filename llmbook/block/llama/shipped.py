@@ -27,7 +27,7 @@ def model() -> Llama:
 @functools.cache
 def log() -> Log:
     """What its training showed, `seen` are three texts per look."""
-    return Log(**json.loads((SHIPPED / "log.json").read_text()))
+    return Log(**json.loads((SHIPPED / "log.json").read_text(encoding="utf-8")))
 
 
 @functools.cache

@@ -119,6 +119,14 @@ def optimizer(model: Llama, r: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=r.rate, betas=(0.9, 0.95))
 
 
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU with bf16 of its own; a T4 would emulate it, so it
+    trains in float32."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def train(
     model: Llama, data: corpus.Split, r: Recipe, looks: Collection[int] = (),
     watch: Callable[[Llama, float], Any] = lambda model, bits: None,
@@ -140,7 +148,7 @@ def train(
             break
         for group in adam.param_groups:
             group["lr"] = rate_at(step, r)
-        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, computes_in_bf16(device)):
             loss = loss_of(model, rows.to(device))
         adam.zero_grad()
         loss.backward()
@@ -191,7 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
         return writes(model)
 
     log = train(model, data, recipe, LOOKS, watch)
-    (chosen.save / "log.json").write_text(json.dumps(asdict(log), ensure_ascii=False) + "\n")
+    told = json.dumps(asdict(log), ensure_ascii=False) + "\n"
+    (chosen.save / "log.json").write_text(told, encoding="utf-8")
 
 
 def made_by(chosen: argparse.Namespace, recipe: Recipe, bits: float) -> dict[str, str]:
