@@ -51,8 +51,8 @@ def execute(notebook: Any, folder: Path, *, pretend: int | None = None, timeout:
         notebook, timeout=timeout, kernel_name="python3", allow_errors=True, coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}}, extra_arguments=["--log-level=40"],
     )
-    # PYDEVD: old kernels warn of their own debugger, once for each notebook.
-    environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if pretend is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment.pop("TRITON_INTERPRET", None)
