@@ -4,6 +4,7 @@ One program reads one part of one KV head for all query heads that share it; the
 in rows, [batch, n_kv, T, d], or in pages, [pages, n_kv, page, d]; `*_at` are strides (sequence or page, head, token).
 """
 
+from llmbook.kit.generations import family
 from llmbook.kit.kernels import Build, dot, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -104,9 +105,9 @@ def merge_kernel(
 
 def tiles(d: int, sm: int) -> tuple[int, dict[str, int]]:
     """Keys per tile and launch options: several tiles in flight hide the latency of HBM, where shared memory allows."""
-    if sm < 80:
+    if family(sm) == 75:
         return 32 if d <= 64 else 16, {"num_warps": 4, "num_stages": 1}
-    if sm in (86, 89):
+    if family(sm) == 89:
         return 64, {"num_warps": 4, "num_stages": 2}
     return 64, {"num_warps": 4, "num_stages": 3}
 

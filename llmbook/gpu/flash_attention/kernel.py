@@ -6,6 +6,7 @@ programs run at once. The next chapter turns the loops round.
 
 import torch
 
+from llmbook.kit.generations import family
 from llmbook.kit.kernels import Build, capability, dot, need_same_device, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -101,7 +102,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def block_rows(d: int, sm: int) -> int:
     """B_r = B_c by head dimension. Triton uses no tensor cores before sm_80, where wide tiles spill registers."""
-    return 64 if d <= 64 and sm >= 80 else 32
+    return 64 if d <= 64 and family(sm) != 75 else 32
 
 
 def _build(d: int, causal: bool) -> Build:

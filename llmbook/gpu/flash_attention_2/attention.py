@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from llmbook.kit.generations import family
 from llmbook.kit.kernels import DEVICE, INTERPRETED, capability, need_same_device, triton
 
 from .kernel import attend_kernel
 from .kernel_backward import delta_kernel, dkdv_kernel, dq_kernel
 from .kernel_tma import attend_tma_kernel
-from .tiles import Tiles, padded, tiles_for
+from .tiles import TABLE, Tiles, padded, tiles_for
 
 Tensor = torch.Tensor
 LOG2E = log2(e)
@@ -103,14 +104,14 @@ def _(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *, kind: str | None = None, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Launch a forward kernel: `kind` "forward" (any GPU) or "tma" (sm_90 on); chosen by the GPU if not given."""
+    """Launch a forward kernel: `kind` "forward" (any GPU) or "tma" (sm_90, sm_100); chosen by the GPU if not given."""
     q, k, v = (_rows(t) for t in (q, k, v))
     batch, heads, n_q, d = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not o.numel():
         return o, lse
-    kind = kind or ("tma" if not INTERPRETED and capability() >= 90 and _suits_tma(q, k, v) else "forward")
+    kind = kind or ("tma" if not INTERPRETED and family(capability()) in TABLE["tma"] and _suits_tma(q, k, v) else "forward")
     tiles = tiles or tiles_for(kind, d, capability())
     programs = triton.cdiv(n_q, tiles.BM) * batch * heads
     arguments = (
