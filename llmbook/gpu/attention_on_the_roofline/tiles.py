@@ -59,6 +59,6 @@ def tiles_for(kernel: str, d: int, group: int, sm: int) -> Tiles:
         rows = rows_for(group, 16 if small else 64 if like == 100 else 32)  # more rows spill
         return Tiles(rows, 32, 8, 1 if small else 2, LATENT, ROTARY, True)
     if like == 75:  # no tensor cores by Triton: wide tiles spill
-        return Tiles(rows_for(group, 16), 32, 4, 1, d)
+        return Tiles(rows_for(group, 16), 16, 4, 1, d)
     rows = rows_for(group)
     return Tiles(rows, 64, 8 if small and rows == 64 else 4, 2 if small else 3, d)
