@@ -1,6 +1,6 @@
 """Compile Triton kernels for GPUs that are not here, and report what the compiler made of them.
 
-`python -m llmbook.kit.ahead` compiles every kernel of the book for five generations; `report` does it for one kernel
+`python -m llmbook.kit.ahead` compiles every kernel of the book for six generations; `report` does it for one kernel
 module, in a process of its own, and returns the rows.
 """
 
@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .hardware import SHARED_PER_BLOCK
+from .generations import generation
 
-TARGETS = (75, 80, 89, 90, 100)
+TARGETS = (75, 80, 89, 90, 100, 120)
 
 
 def report(*modules: str) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def _compile(build: Any, sm: int) -> dict[str, Any]:
     copies = re.findall(r"cp\.async\.bulk\.tensor|cp\.async(?=\.c[ag])", compiled.asm["ptx"])
     return {
         "kernel": build.kernel.__name__, "constants": constants, "sm": sm,
-        "shared": compiled.metadata.shared, "limit": SHARED_PER_BLOCK[sm], "registers": registers, "spills": spills,
+        "shared": compiled.metadata.shared, "limit": generation(sm).shared, "registers": registers, "spills": spills,
         "warps": compiled.metadata.num_warps, "tensor_core": found[0] if found else "",
         "copy": copies[0] if copies else "",
     }

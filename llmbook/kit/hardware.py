@@ -7,7 +7,10 @@ in KiB. Rates are dense: pages that print the 2:4-sparse figure print twice as m
 from dataclasses import dataclass
 
 # The most shared memory one thread block can have, in bytes (CUDA C++ Programming Guide, "Compute Capabilities").
-SHARED_PER_BLOCK = {75: 64 * 1024, 80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_PER_BLOCK = {
+    75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024,
+    103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024,
+}
 
 
 @dataclass(frozen=True)

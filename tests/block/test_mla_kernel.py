@@ -10,7 +10,11 @@ from llmbook.block.mla.cache import LatentCache
 from llmbook.block.mla.decode import decode_as_mqa, latent_decode
 from llmbook.block.mla.tiles import tiles_for
 from llmbook.kit import ahead
+<<<<<<< HEAD
 from llmbook.kit.hardware import SHARED_PER_BLOCK
+=======
+from llmbook.kit.measure import measure
+>>>>>>> tiles
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -144,10 +148,10 @@ BAD = [
     ({"lengths": ints(8, 8)}, "needs its length"),
     ({"latent": 24}, "powers of two"),
     ({"latent": 48}, "powers of two"),
-    ({"rows": randn(1, 8, 48, dtype=BRAIN)}, "both be fp16"),
-    ({"q": randn(1, 4, 48).double(), "rows": randn(1, 8, 48).double()}, "both be fp16"),
-    ({"lengths": torch.tensor([8])}, "must be int32"),
-    ({"table": torch.tensor([[0]])}, "must be int32"),
+    ({"rows": randn(1, 8, 48, dtype=BRAIN)}, "q, rows must share one of float16, bfloat16, float32"),
+    ({"q": randn(1, 4, 48).double(), "rows": randn(1, 8, 48).double()}, "q, rows must share .* not float64, float64"),
+    ({"lengths": torch.tensor([8])}, "must be int32, not"),
+    ({"table": torch.tensor([[0]])}, "must be int32, not"),
     ({"table": ints(0)}, r"must be \[B, n\]"),
     ({"table": ints(1)[None]}, "pages 0 to 0"),
     ({"lengths": ints(9)}, "from 0 to 8"),
@@ -167,15 +171,15 @@ def test_what_the_kernel_cannot_do_is_refused(changed, words):
 def test_every_generation_compiles_without_spills():
     """A build for each; all builds for all of them compile in `python -m llmbook.kit.ahead`."""
     name = "llmbook.block.mla.kernel"
-    rows = ahead.report(f"{name}:1@75", f"{name}:1@80", f"{name}:1@89", f"{name}:0@90", f"{name}:1@100", f"{name}:3@90")
-    assert {row["sm"] for row in rows} == set(SHARED_PER_BLOCK)
+    rows = ahead.report(*(f"{name}:{build}" for build in ("1@75", "1@80", "1@89", "0@90", "1@100", "0@120", "3@90")))
+    assert {row["sm"] for row in rows} == set(ahead.TARGETS)
     for row in rows:
         assert row["spills"] == 0, row
         assert row["shared"] <= row["limit"], row
         assert row["tensor_core"] or row["sm"] == 75 or row["kernel"] == "merge_kernel", row
 
 
-@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100])
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("element", [2, 4])
 def test_tiles_fit_their_heads(sm, element):
     for heads in (1, 16, 20, 128):

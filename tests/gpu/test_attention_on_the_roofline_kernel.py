@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmbook.gpu.attention_on_the_roofline import decode as module
 from llmbook.gpu.attention_on_the_roofline.cache import launch
 from llmbook.gpu.attention_on_the_roofline.decode import decode, splits_for
 from llmbook.gpu.attention_on_the_roofline.kernel import place, share
 from llmbook.gpu.attention_on_the_roofline.tiles import rows_for, tiles_for
+from llmbook.kit import kernels
 from llmbook.kit.kernels import tl, triton
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -143,11 +143,10 @@ def test_shares_and_tiles():
     ]
     assert [rows_for(g) for g in (1, 8, 16, 17, 33, 128)] == [16, 16, 16, 32, 64, 64]
     assert tiles_for("per head", 128, 8, 90).rows == 1
-    assert [tiles_for("packed", 576, 128, sm).rows for sm in (80, 89, 90, 100)] == [32, 16, 32, 64]
+    assert [tiles_for("packed", 576, 128, sm).rows for sm in (75, 80, 89, 90, 100, 120)] == [8, 32, 16, 32, 64, 16]
     for arguments, message in (
         (("nothing", 64, 1, 90), "no kernel is called 'nothing'"), (("packed", 96, 1, 90), "64, 128, 576 wide, not 96"),
         (("per head", 576, 1, 90), "'per head' kernel takes keys 64, 128 wide, not 576"),
-        (("packed", 576, 1, 75), "need sm_80 or newer, not sm_75"),
     ):
         with pytest.raises(ValueError, match=message):
             tiles_for(*arguments)
@@ -168,8 +167,8 @@ LENGTHS = torch.tensor([3], dtype=torch.int32)
         (lambda q, k, v: (q, k, None), {}, r"left out if and only if k is 576 wide \(MLA\)"),
         (lambda q, k, v: (q[:, :3], k, v), {}, "2 do not divide 3"),
         (lambda q, k, v: (q, k[:, :0], v[:, :0]), {}, "0 do not divide 4"),
-        (lambda q, k, v: (q, k, v.bfloat16()), {}, r"all be fp16 or all bf16, but are .*'bfloat16'\]"),
-        (lambda q, k, v: (q.float(), k.float(), v.float()), {}, "all be fp16 or all bf16"),
+        (lambda q, k, v: (q, k, v.bfloat16()), {}, "share one of float16, bfloat16, not float16, float16, bfloat16"),
+        (lambda q, k, v: (q.float(), k.float(), v.float()), {}, "share one of float16, bfloat16, not float32"),
         (lambda q, k, v: (q, k, v), {"kernel": "fast"}, "no kernel is called 'fast'"),
         (lambda q, k, v: (q, k, v), {"splits": 0}, "splits must be 1 or more, not 0"),
         (lambda q, k, v: (q, k, v), {"lengths": LENGTHS.long()}, r"torch.int32 \[1\], one per.* not torch.int64"),
@@ -186,6 +185,6 @@ def test_what_it_cannot_do_is_refused_in_a_sentence(change, options, message):
 
 
 def test_bf16_is_refused_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(module, "capability", lambda: 75)
+    monkeypatch.setattr(kernels, "capability", lambda: 75)
     with pytest.raises(ValueError, match="sm_75 has no bf16"):
         decode(*inputs(1, 1, 1, 5, 64, BRAIN))

@@ -207,7 +207,7 @@ def test_the_kernel_takes_views_and_no_rows_at_all():
         (((1, 1, 4, 16), (1, 1, 5, 16), (1, 1, 5, 16)), torch.float32, "must share one shape"),
         (((4, 16),) * 3, torch.float32, "must share one shape"),
         (((1, 1, 4, 48),) * 3, torch.float32, "head dimension 48 is not supported; use one of"),
-        (((1, 1, 4, 16),) * 3, torch.float64, "must all be fp16, bf16 or fp32"),
+        (((1, 1, 4, 16),) * 3, torch.float64, "q, k, v must share one of float16, bfloat16, float32"),
     ],
 )
 def test_the_kernel_refuses_bad_input(shapes, dtype, message):

@@ -8,7 +8,7 @@ from llmbook.gpu.flash_attention_2 import attention, schedule
 from llmbook.gpu.flash_attention_2.attention import flash_attention_2
 from llmbook.gpu.flash_attention_2.kernel import tile_of
 from llmbook.gpu.flash_attention_2.tiles import TABLE, Tiles, padded, tiles_for
-from llmbook.kit import ahead
+from llmbook.kit import ahead, kernels
 from llmbook.kit.kernels import tl, triton
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -162,8 +162,8 @@ def test_torch_compile_takes_it_whole(dynamic):
         (lambda q, k, v: (q[:, :, :, :8], k[..., :8], v[..., :8]), "head dimension 8 is not supported"),
         (lambda q, k, v: (q.repeat(1, 2, 1, 1)[:, :3], k, v), "2 do not divide 3"),
         (lambda q, k, v: (q, k[:, :0], v[:, :0]), "0 do not divide 2"),
-        (lambda q, k, v: (q, k, v.bfloat16()), r"all be fp16 or all bf16, but are .*'float16', 'bfloat16'\]"),
-        (lambda q, k, v: (q.float(), k.float(), v.float()), "all be fp16 or all bf16"),
+        (lambda q, k, v: (q, k, v.bfloat16()), "share one of float16, bfloat16, not float16, float16, bfloat16"),
+        (lambda q, k, v: (q.float(), k.float(), v.float()), "share one of float16, bfloat16, not float32"),
         (lambda q, k, v: (q.to("meta"), k, v), "kernels run on cpu here"),
     ],
 )
@@ -174,7 +174,7 @@ def test_what_it_cannot_do_is_refused_in_a_sentence(change, message):
 
 
 def test_bf16_is_refused_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(attention, "capability", lambda: 75)
+    monkeypatch.setattr(kernels, "capability", lambda: 75)
     tensors = [torch.randn(1, 1, 5, 32).bfloat16() for _ in range(3)]
     with pytest.raises(ValueError, match="sm_75 has no bf16"):
         flash_attention_2(*tensors)
@@ -203,7 +203,7 @@ def test_every_tile_of_the_table_is_found_and_fits_the_dot():
             assert all(min(tiles.BM, tiles.BN) >= 16 for tiles in row)
     assert [padded(d) for d in (16, 17, 40, 64, 96, 129)] == [16, 32, 64, 64, 128, 256]
     for arguments, message in (
-        (("nothing", 64, 90), "no kernel is called 'nothing'"), (("tma", 64, 80), "needs sm_90 or newer, not sm_80"),
+        (("nothing", 64, 90), "no kernel is called 'nothing'"), (("tma", 64, 120), "for sm_90 and sm_100, and none that fits sm_120"),
         (("forward", 257, 90), "head dimension 257"), (("forward", 8, 90), "head dimension 8"),
     ):
         with pytest.raises(ValueError, match=message):

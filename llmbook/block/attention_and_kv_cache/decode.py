@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from llmbook.gpu.online_softmax.state import merge_outputs
-from llmbook.kit.kernels import DEVICE, capability, need_same_device, triton
+from llmbook.kit.kernels import DEVICE, capability, need_dtype, need_same_device, triton
 
-from .kernel import merge_kernel, part_kernel, tiles
+from .kernel import merge_kernel, most_rows, part_kernel, rows_of, tiles
 
 KEYS_PER_PART = 256  # fewer, and writing a part's result costs more than its keys
 MOST_PARTS = 256
@@ -86,12 +86,12 @@ def flash_decode(
     some, some_lse = (lse.new_empty(B, n_h, parts, *rest) for rest in ((d,), ()))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     lookup = lengths if table is None else table.contiguous()
-    group, (keys, options) = n_h // n_kv, tiles(d, capability())
+    group = n_h // n_kv
+    keys, options = tiles(d, rows_of(group), capability())
     part_kernel[(parts, B * n_kv)](
         q, k, v, some, some_lse, lengths.contiguous(), lookup, q.stride()[:2], k.stride()[:3], v.stride()[:3],
         0 if table is None else lookup.stride(0), n_kv, parts, d**-0.5 * log2(e), GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(group)), D=d, BN=keys,
-        PAGE=0 if table is None else page, **options,
+        ROWS=rows_of(group), D=d, BN=keys, PAGE=0 if table is None else page, **options,
     )
     merge_kernel[(B * n_h,)](
         some, some_lse, o, lse, parts, D=d, WIDE=triton.next_power_of_2(parts), BLOCK=16
@@ -108,17 +108,15 @@ def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor | None
         raise ValueError(f"every sequence of q needs its length and its keys, but got {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[1] > 128 * k.shape[1]:
         raise ValueError(f"the KV heads must divide the query heads, at most 128 to one, but got {shapes}")
-    if q.shape[2] not in (16, 32, 64, 128, 256):
-        raise ValueError(f"head dimension {q.shape[2]} is not supported: it must be 16, 32, 64, 128 or 256")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"q, k, v must all be fp16 or all bf16, but are {[str(t.dtype)[6:] for t in (q, k, v)]}")
-    if q.dtype == torch.bfloat16 and capability() < 80:
-        raise ValueError(f"sm_{capability()} has no bf16: convert q, k, v to fp16")
-    if lengths.dtype != torch.int32 or (table is not None and table.dtype != torch.int32):
-        raise ValueError("lengths and table must be int32")
+    if (d := q.shape[2]) not in (16, 32, 64, 128, 256):
+        raise ValueError(f"head dimension {d} is not supported: it must be 16, 32, 64, 128 or 256")
+    if rows_of(q.shape[1] // k.shape[1]) > (most := most_rows(d, capability())):
+        raise ValueError(f"sm_{capability()} takes {most} query heads of {d} to one KV head at most, but got {shapes}")
+    need_dtype(torch.float16, torch.bfloat16, q=q, k=k, v=v)
+    need_dtype(torch.int32, lengths=lengths, table=table)
     if table is not None and (table.dim() != 2 or len(table) != len(q)):
         raise ValueError(f"the page table must be [B, n] for the {len(q)} sequences of q, not {list(table.shape)}")
-    need_same_device(q=q, k=k, v=v, lengths=lengths)
+    need_same_device(q=q, k=k, v=v, lengths=lengths, table=table)
 
 
 def multiprocessors() -> int:

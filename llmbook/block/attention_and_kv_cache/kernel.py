@@ -4,6 +4,7 @@ One program reads one part of one KV head for all query heads that share it; the
 in rows, [batch, n_kv, T, d], or in pages, [pages, n_kv, page, d]; `*_at` are strides (sequence or page, head, token).
 """
 
+from llmbook.kit.generations import family
 from llmbook.kit.kernels import Build, dot, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -102,13 +103,22 @@ def merge_kernel(
     tl.store(lse_ptr + which, (m + tl.log2(total)) / LOG2E)
 
 
-def tiles(d: int, sm: int) -> tuple[int, dict[str, int]]:
+def rows_of(group: int) -> int:
+    """Rows of the tile of query heads: what the matrix unit wants at least, or the power of two that holds them."""
+    return max(16, triton.next_power_of_2(group))
+
+
+def most_rows(d: int, sm: int) -> int:
+    """The most query heads of one KV head that fit in shared memory beside a tile of keys."""
+    return (8192 if family(sm) == 75 else 16_384) // d
+
+
+def tiles(d: int, rows: int, sm: int) -> tuple[int, dict[str, int]]:
     """Keys per tile and launch options: several tiles in flight hide the latency of HBM, where shared memory allows."""
-    if sm < 80:
-        return 32 if d <= 64 else 16, {"num_warps": 4, "num_stages": 1}
-    if sm in (86, 89):
-        return 64, {"num_warps": 4, "num_stages": 2}
-    return 64, {"num_warps": 4, "num_stages": 3}
+    warps = 8 if rows >= 64 or rows * d >= 8192 else 4
+    if family(sm) == 75:
+        return 32 if d <= 64 else 16, {"num_warps": warps, "num_stages": 1}
+    return 32 if d > 128 else 64, {"num_warps": warps, "num_stages": 2 if family(sm) == 89 else 3}
 
 
 _PART = {
@@ -122,9 +132,9 @@ _MERGE = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "o_ptr": "*fp16", "lse_p
 
 def _build(d: int, page: int) -> Build:
     def constants(sm: int) -> dict[str, int]:
-        return {"GROUP": 8, "ROWS": 16, "D": d, "BN": tiles(d, sm)[0], "PAGE": page}
+        return {"GROUP": 8, "ROWS": 16, "D": d, "BN": tiles(d, 16, sm)[0], "PAGE": page}
 
-    return Build(part_kernel, _PART, constants, options=lambda sm: tiles(d, sm)[1])
+    return Build(part_kernel, _PART, constants, options=lambda sm: tiles(d, 16, sm)[1])
 
 
 BUILDS = [

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from llmbook.kit.kernels import DEVICE, capability, need_same_device, triton
+from llmbook.kit.kernels import DEVICE, capability, need_dtype, need_same_device, triton
 
 from .kernel import grouped_kernel, tiles_for, weight_kernel
 
@@ -19,11 +19,8 @@ def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
             "a grouped product needs x [R, K], w [E, K, N] and ends [E] with one expert or more, not "
             f"{list(x.shape)}, {list(w.shape)} and {list(ends.shape)}"
         )
-    if x.dtype not in DTYPES or w.dtype != x.dtype or ends.dtype != torch.int32:
-        raise ValueError(
-            "x and w must both be float16, bfloat16 or float32, and ends int32, not "
-            f"{x.dtype}, {w.dtype} and {ends.dtype}"
-        )
+    need_dtype(*DTYPES, x=x, w=w)
+    need_dtype(torch.int32, ends=ends)
     if w[0].numel() >= 2**31:
         raise ValueError(f"the kernel counts 32 bits inside an expert: {list(w.shape[1:])} is too large")
     need_same_device(x=x, w=w, ends=ends)

@@ -4,6 +4,7 @@ Rows of X are sorted by expert; `ends[e]` is where expert e's rows end. Every pr
 the ends alone, so nobody waits for the GPU to learn the loads. `*_at` are strides; a tensor's other stride is 1.
 """
 
+from llmbook.kit.generations import family
 from llmbook.kit.kernels import Build, dot, tl, triton
 
 
@@ -125,18 +126,18 @@ def tiles_for(
         whole: whether K and N are multiples of 64 and 256; masks cost registers.
     """
     if bytes_per == 4:
-        return {"BM": 64 if kernel == "grouped" else 32, "BN": 64, "BK": 32}, {"num_warps": 4, "num_stages": 1}
-    if sm < 80:  # Triton has no tensor-core path for this generation either
+        return {"BM": 64 if kernel == "grouped" else 32, "BN": 64, "BK": 32}, {"num_warps": 8, "num_stages": 1}
+    like = family(sm)
+    if like == 75:  # Triton has no tensor-core path for this generation either
         return {"BM": 32, "BN": 64, "BK": 32}, {"num_warps": 4, "num_stages": 1}
-    big = 90 <= sm < 120  # 227 KB of shared memory; consumer Blackwell has 99
+    big = like in (90, 100)  # 227 KB of shared memory
     if kernel == "weight":
-        if sm == 90:
-            return {"BM": 64, "BN": 128, "BK": 64}, {"num_warps": 4, "num_stages": 3}
-        return {"BM": 64 if big else 32, "BN": 128, "BK": 128}, {"num_warps": 8, "num_stages": 3}
+        bk = 128 if like == 100 else 64  # elsewhere a larger one spills
+        return {"BM": 64, "BN": 128, "BK": bk}, {"num_warps": 8, "num_stages": 3}
     if rows <= 64:
         return {"BM": 64, "BN": 128, "BK": 64 if big else 32}, {"num_warps": 4, "num_stages": 3}
     if big and whole:
-        return {"BM": 128, "BN": 256, "BK": 64}, {"num_warps": 8, "num_stages": 4 if sm == 90 else 3}
+        return {"BM": 128, "BN": 256, "BK": 64}, {"num_warps": 8, "num_stages": 4 if like == 90 else 3}
     return {"BM": 128, "BN": 128, "BK": 32}, {"num_warps": 8, "num_stages": 4}
 
 

@@ -45,5 +45,5 @@ def lab_route(router: str, skew: float, tokens: int = 1024) -> Routing:
 
 def groups_touched(expert: Tensor) -> Tensor:
     """In how many of the 8 groups each token's experts lie, [T]. expert: [T, k]."""
-    inside = torch.zeros(len(expert), GROUPS, dtype=torch.bool)
+    inside = torch.zeros(len(expert), GROUPS, dtype=torch.bool, device=expert.device)
     return inside.scatter_(1, expert // (EXPERTS // GROUPS), True).sum(1)

@@ -92,7 +92,7 @@ def generate(
     B = len(prompt)
     cache = model.cache(B, int(counts.max()) + new) if cache is None else cache
     logits = model(prompt, cache, counts)
-    last = logits[torch.arange(B), counts - 1]
+    last = logits[torch.arange(B, device=logits.device), counts - 1]
     tokens: list[Tensor] = []
     while len(tokens) < new:
         p = distribution(last, temperature, top_p)

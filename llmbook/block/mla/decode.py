@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmbook.block.attention_and_kv_cache.decode import choose_parts, decode_in_parts, multiprocessors
 from llmbook.block.attention_and_kv_cache.kernel import merge_kernel
-from llmbook.kit.kernels import DEVICE, capability, need_same_device, triton
+from llmbook.kit.kernels import DEVICE, capability, need_dtype, need_same_device, triton
 
 from .kernel import latent_kernel
 from .tiles import tiles_for
@@ -86,17 +86,13 @@ def check(q: Tensor, rows: Tensor, lengths: Tensor, latent: int, table: Tensor |
     widths = (latent, q.shape[2] - latent)
     if any(n < 16 or n & (n - 1) for n in widths):
         raise ValueError(f"d_c and d_r must be powers of two of at least 16, not {widths[0]} and {widths[1]}")
-    if q.dtype != rows.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q and rows must both be fp16, bf16 or fp32, but are {str(q.dtype)[6:], str(rows.dtype)[6:]}")
-    if q.dtype == torch.bfloat16 and capability() < 80:
-        raise ValueError(f"sm_{capability()} has no bf16: convert q and rows to fp16")
-    if lengths.dtype != torch.int32 or (table is not None and table.dtype != torch.int32):
-        raise ValueError("lengths and table must be int32")
+    need_dtype(torch.float16, torch.bfloat16, torch.float32, q=q, rows=rows)
+    need_dtype(torch.int32, lengths=lengths, table=table)
     if table is not None and (table.dim() != 2 or len(table) != len(q)):
         raise ValueError(f"the page table must be [B, n] for the {len(q)} sequences of q, not {list(table.shape)}")
     if parts is not None and parts < 1:
         raise ValueError(f"parts must be 1 or more, not {parts}")
-    need_same_device(q=q, rows=rows, lengths=lengths, **({} if table is None else {"table": table}))
+    need_same_device(q=q, rows=rows, lengths=lengths, table=table)
     room = rows.shape[1] * (1 if table is None else table.shape[1])
     seen = lengths.tolist() if DEVICE.type == "cpu" else []  # looking at them on a GPU would wait for it
     if any(not 0 <= n <= room for n in seen):

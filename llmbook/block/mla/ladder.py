@@ -83,7 +83,7 @@ def absorbed(h: Tensor, w: Factors) -> Tensor:
 
 def rotated(h: Tensor, r: Rotary, theta: Tensor) -> tuple[Tensor, Tensor]:
     """The rotary queries [n_h, S, d_r] and the one rotary key [S, d_r]."""
-    turn = tables(torch.arange(len(h)), theta, h.dtype)
+    turn = tables(torch.arange(len(h), device=h.device), theta.to(h.device), h.dtype)
     q = rotate_interleaved((h @ r.q.mT).transpose(0, 1), *turn)  # [S, n_h, d_r]
     k = rotate_interleaved((h @ r.k.T)[:, None], *turn)
     return q.transpose(0, 1), k[:, 0]

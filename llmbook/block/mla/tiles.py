@@ -5,6 +5,8 @@ The accumulator, rows × 512 in fp32, fills the registers; a tile of rows, BN ×
 
 from typing import NamedTuple
 
+from llmbook.kit.generations import family
+
 
 class Tiles(NamedTuple):
     """`rows` heads by BN cached rows, and Triton's launch options."""
@@ -30,12 +32,13 @@ def tiles_for(heads: int, element: int, sm: int) -> Tiles:
 
     Without a tensor core (Turing by Triton, and fp32 everywhere) few rows fit, and 16 are not needed.
     """
-    if element == 4 or sm < 80:
-        return Tiles(8, 16, 8, 1)
-    most = 32 if sm in (86, 89) else 64
+    like = family(sm)
+    if element == 4 or like == 75:
+        return Tiles(8, 16, 16 if like == 89 else 8, 1)
+    most = 32 if like == 89 else 64
     rows = min(most, max(16, 1 << (heads - 1).bit_length()))
-    if sm in (86, 89):
+    if like == 89:
         return Tiles(rows, 16 if rows == 32 else 32, 8, 2)
     if rows < 64:
         return Tiles(rows, 64, 8, 2)
-    return Tiles(rows, 32 if sm >= 100 else 16, 8, 2 if sm == 90 else 3)
+    return Tiles(rows, 32 if like == 100 else 16, 8, 2 if like == 90 else 3)

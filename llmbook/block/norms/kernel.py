@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmbook.kit.kernels import DEVICE, INTERPRETED, Build, need_same_device, tl, triton
+from llmbook.kit.kernels import DEVICE, INTERPRETED, Build, need_dtype, need_same_device, tl, triton
 
 from .standardise import check
 
@@ -162,11 +162,9 @@ def add_rms_norm(
         x, residual: [..., D] of one shape and dtype; else as `rms_norm`.
     """
     _check(x, weight, eps)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"x and residual must agree in shape and dtype, but are {list(x.shape)} in {x.dtype} "
-            f"and {list(residual.shape)} in {residual.dtype}"
-        )
+    if residual.shape != x.shape:
+        raise ValueError(f"x and residual must agree in shape, but are {list(x.shape)} and {list(residual.shape)}")
+    need_dtype(*DTYPES, x=x, residual=residual)
     need_same_device(x=x, residual=residual)
     pair: tuple[Tensor, Tensor] = AddRMSNormFunction.apply(x, residual, weight, eps)
     return pair
@@ -235,8 +233,7 @@ def programs(rows: int, width: int) -> int:
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     check(x, eps, weight=weight)
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        raise ValueError(f"x and weight must share one of fp16, bf16, fp32, fp64, but are {x.dtype}, {weight.dtype}")
+    need_dtype(*DTYPES, x=x, weight=weight)
     if x.shape[-1] > WIDEST:
         raise ValueError(f"rows may be up to {WIDEST:,} wide, a program's registers, but x is {list(x.shape)}")
     need_same_device(x=x, weight=weight)

@@ -41,7 +41,8 @@ def normed(h: Tensor, norm: str, generator: torch.Generator | None = None) -> Te
     axes = (1,) if norm.startswith("batch") else (-1,)
     h = standardise(h, axes, 1e-5, centre=norm != "rms")[0]
     if norm == "batch + shift":
-        scale, shift = torch.rand(2, 1, 1, h.shape[-1], generator=generator, dtype=h.dtype)
+        drawn = torch.rand(2, 1, 1, h.shape[-1], generator=generator, dtype=h.dtype)  # where the generator is
+        scale, shift = drawn.to(h.device)
         h = h * (0.75 + scale / 2) + (shift - 0.5)
     return h
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmbook.kit.kernels import Build, need_same_device, tl, triton
+from llmbook.kit.kernels import Build, need_dtype, need_same_device, tl, triton
 
 LAYOUTS = ("half_split", "interleaved")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -171,8 +171,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: str) -> None:
             f"cos and sin must both be {shapes[0]} or {shapes[1]}, "
             f"but are {list(cos.shape)} and {list(sin.shape)}"
         )
-    if q.dtype != k.dtype or q.dtype not in DTYPES:
-        raise ValueError(f"q and k must share one of fp16, bf16, fp32, fp64, but are {q.dtype} and {k.dtype}")
+    need_dtype(*DTYPES, q=q, k=k)
     wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
     if cos.dtype != wanted or sin.dtype != wanted:
         raise ValueError(f"cos and sin must be {wanted} for {q.dtype}, but are {cos.dtype} and {sin.dtype}")

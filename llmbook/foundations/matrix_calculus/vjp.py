@@ -42,7 +42,7 @@ def rows_by_vjp(function: Function, x: Tensor) -> tuple[Tensor, int]:
     Returns: [m, n] (numerator layout), m.
     """
     y, pull = torch.func.vjp(function, x)[:2]
-    basis = torch.eye(len(y), dtype=y.dtype)
+    basis = torch.eye(len(y), dtype=y.dtype, device=y.device)
     return torch.stack([pull(row)[0] for row in basis]), len(basis)
 
 
@@ -51,7 +51,7 @@ def columns_by_jvp(function: Function, x: Tensor) -> tuple[Tensor, int]:
 
     x: [n]. Returns: [m, n] (numerator layout), n.
     """
-    basis = torch.eye(len(x), dtype=x.dtype)
+    basis = torch.eye(len(x), dtype=x.dtype, device=x.device)
     columns = [
         torch.func.jvp(function, (x,), (column,))[1] for column in basis
     ]

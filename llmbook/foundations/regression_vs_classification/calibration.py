@@ -60,7 +60,7 @@ def best_temperature(logits: Tensor, labels: Tensor, steps: int = 60) -> float:
     Raises ValueError if the best 1/T is not between 1e-3 and 1e3.
     """
     def slope(inverse: float) -> float:
-        b = torch.tensor(inverse, dtype=logits.dtype, requires_grad=True)
+        b = logits.new_tensor(inverse, requires_grad=True)
         loss = categorical_nll(b * logits, labels).mean()
         return float(torch.autograd.grad(loss, b)[0])
 

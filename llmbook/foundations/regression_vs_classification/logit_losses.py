@@ -58,7 +58,7 @@ def brier_hessian(z: Tensor, y: Tensor) -> Tensor:
 
 def logit_mse_hessian(z: Tensor, y: Tensor) -> Tensor:
     """2/V times the identity. z, y: [V]; returns [V, V]."""
-    return 2 * torch.eye(len(z), dtype=z.dtype) / len(z)
+    return 2 * torch.eye(len(z), dtype=z.dtype, device=z.device) / len(z)
 
 
 class Loss(NamedTuple):

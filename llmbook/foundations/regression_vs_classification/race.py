@@ -82,7 +82,7 @@ def run(
         loss: a key of LOSSES. optimizer: a key of RATES.
         weights: from `fresh`. x: [seeds, n, 8]. labels: [n].
     """
-    rate = torch.tensor(rates, dtype=x.dtype)[:, None, None]
+    rate = x.new_tensor(rates)[:, None, None]
     w = [p[:, None].repeat(1, len(rates), 1, 1) for p in weights]
     first, second = ([torch.zeros_like(p) for p in w] for _ in range(2))
     x, kept = x[:, None], []

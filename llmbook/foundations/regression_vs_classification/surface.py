@@ -52,8 +52,8 @@ def descend(
     name: str, start: tuple[float, float], rates: Sequence[float], steps: int, x: Tensor, labels: Tensor
 ) -> Path:
     """Plain gradient descent on `mean_loss`, once for each of R rates, every step kept."""
-    rate, path = torch.tensor(rates, dtype=x.dtype)[:, None], []
-    at = torch.tensor(start, dtype=x.dtype).repeat(len(rates), 1)
+    rate, path = x.new_tensor(rates)[:, None], []
+    at = x.new_tensor(start).repeat(len(rates), 1)
     for _ in range(steps + 1):
         path.append(at)
         here = at.clone().requires_grad_()

@@ -4,7 +4,7 @@ from math import e, log2
 
 import torch
 
-from llmbook.kit.kernels import DEVICE, capability, need_same_device, triton
+from llmbook.kit.kernels import DEVICE, capability, need_dtype, need_same_device, triton
 
 from .kernel import merge_kernel, packed_kernel, per_head_kernel
 from .tiles import LATENT, ROTARY, tiles_for
@@ -82,17 +82,13 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, lengths: Tensor | None, splits
         raise ValueError(f"v is left out if and only if k is {LATENT + ROTARY} wide (MLA), but got {given}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"the KV heads must divide the heads, but {k.shape[1]} do not divide {q.shape[1]}")
-    tensors = (q, k) if v is None else (q, k, v)
-    if len({t.dtype for t in tensors}) > 1 or q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"q, k, v must all be fp16 or all bf16, but are {[str(t.dtype)[6:] for t in tensors]}")
-    if q.dtype == torch.bfloat16 and capability() < 80:
-        raise ValueError(f"sm_{capability()} has no bf16: convert q, k, v to fp16")
+    need_dtype(torch.float16, torch.bfloat16, q=q, k=k, v=v)
     if splits is not None and splits < 1:
         raise ValueError(f"splits must be 1 or more, not {splits}")
     if lengths is not None and (lengths.dtype != torch.int32 or lengths.shape != q.shape[:1]):
         given = f"{lengths.dtype} {list(lengths.shape)}"
         raise ValueError(f"lengths must be torch.int32 {list(q.shape[:1])}, one per sequence, not {given}")
-    need_same_device(q=q, k=k, **({} if v is None else {"v": v}), **({} if lengths is None else {"lengths": lengths}))
+    need_same_device(q=q, k=k, v=v, lengths=lengths)
     # Values on the CPU only: looking at them on a GPU would wait for it.
     seen = [] if lengths is None or lengths.device.type != "cpu" else lengths.tolist()
     if any(not 0 <= n <= k.shape[2] for n in seen):

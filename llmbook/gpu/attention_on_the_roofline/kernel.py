@@ -170,10 +170,7 @@ def _build(kernel: str, d: int, group: int = 1) -> Build:
         return {**tiles_for(kernel, d, group, sm).constants, "RAGGED": True}
 
     jitted = per_head_kernel if kernel == "per head" else packed_kernel
-    return Build(
-        jitted, SIGNATURE, constants, options=lambda sm: tiles_for(kernel, d, group, sm).options,
-        targets=(80, 89, 90, 100) if d == 576 else None,
-    )
+    return Build(jitted, SIGNATURE, constants, options=lambda sm: tiles_for(kernel, d, group, sm).options)
 
 
 BUILDS = [

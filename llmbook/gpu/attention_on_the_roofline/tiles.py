@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
+from llmbook.kit.generations import family
+
 LATENT, ROTARY = 512, 64  # MLA's cache row: a latent that is key and value, then the rotary part of the key
 HEAD_DIMENSIONS = (64, 128, LATENT + ROTARY)
-LEAST_ROWS = 16  # rows of the smallest matrix product of a tensor core
+LEAST_ROWS = 16  # rows of the smallest matrix product of a tensor core; without one, fewer do
 
 
 class Tiles(NamedTuple):
@@ -49,12 +51,14 @@ def tiles_for(kernel: str, d: int, group: int, sm: int) -> Tiles:
         raise ValueError(f"the {kernel!r} kernel takes keys {', '.join(map(str, known))} wide, not {d}")
     if kernel == "per head":
         return Tiles(1, 32 if d == 128 else 64, 4, 2, d)
-    small = sm < 80 or sm == 89  # 64 or 99 KiB of shared memory
+    like = family(sm)
+    small = like in (75, 89)  # 64 or 99 KiB of shared memory
     if d == LATENT + ROTARY:
-        if sm < 80:
-            raise ValueError(f"keys {d} wide need sm_80 or newer, not sm_{sm}: a tile does not fit on the chip")
-        rows = rows_for(group, 16 if small else 64 if sm >= 100 else 32)  # more rows spill
+        if like == 75:
+            return Tiles(8, 16, 8, 1, LATENT, ROTARY, True)
+        rows = rows_for(group, 16 if small else 64 if like == 100 else 32)  # more rows spill
         return Tiles(rows, 32, 8, 1 if small else 2, LATENT, ROTARY, True)
-    if sm < 80:  # no tensor cores by Triton: wide tiles spill
-        return Tiles(rows_for(group, 16), 32, 4, 1, d)
-    return Tiles(rows_for(group), 64, 4, 2 if small else 3, d)
+    if like == 75:  # no tensor cores by Triton: wide tiles spill
+        return Tiles(rows_for(group, 16), 16, 4, 1, d)
+    rows = rows_for(group)
+    return Tiles(rows, 64, 8 if small and rows == 64 else 4, 2 if small else 3, d)

@@ -41,7 +41,7 @@ def eleven_steps(Q: Tensor, K: Tensor, V: Tensor, mem: Memory, Bc: int, Br: int)
     Step 4 frees Q alone: the next iteration needs K again. A stored tile is released by the step that stores it.
     """
     d = Q.shape[1]
-    O, l, m = torch.zeros_like(Q), torch.zeros(len(Q), 1), torch.full((len(Q), 1), -torch.inf)
+    O, l, m = torch.zeros_like(Q), Q.new_zeros(len(Q), 1), Q.new_full((len(Q), 1), -torch.inf)
     Kj, Vj = mem.load("K", K, 0, Bc), mem.load("V", V, 0, Bc)
     yield mem.used
     Qi, Oi = mem.load("Q", Q, 0, Br), mem.load("O", O, 0, Br)

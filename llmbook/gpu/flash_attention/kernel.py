@@ -6,7 +6,8 @@ programs run at once. The next chapter turns the loops round.
 
 import torch
 
-from llmbook.kit.kernels import Build, capability, dot, need_same_device, tl, triton
+from llmbook.kit.generations import family
+from llmbook.kit.kernels import Build, capability, dot, need_dtype, need_same_device, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
@@ -92,8 +93,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(
             f"q, k, v must share one shape [batch, heads, N, d], but have {[list(t.shape) for t in (q, k, v)]}"
         )
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q, k, v must all be fp16, bf16 or fp32, but are {[str(t.dtype) for t in (q, k, v)]}")
+    need_dtype(torch.float16, torch.bfloat16, torch.float32, q=q, k=k, v=v)
     if q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"head dimension {q.shape[-1]} is not supported; use one of {HEAD_DIMS}")
     need_same_device(q=q, k=k, v=v)
@@ -101,7 +101,9 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def block_rows(d: int, sm: int) -> int:
     """B_r = B_c by head dimension. Triton uses no tensor cores before sm_80, where wide tiles spill registers."""
-    return 64 if d <= 64 and sm >= 80 else 32
+    if family(sm) == 75:
+        return 32 if d <= 128 else 16
+    return 64 if d <= 64 else 32
 
 
 def _build(d: int, causal: bool) -> Build:

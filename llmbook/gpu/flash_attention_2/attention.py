@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from llmbook.kit.kernels import DEVICE, INTERPRETED, capability, need_same_device, triton
+from llmbook.kit.generations import family
+from llmbook.kit.kernels import DEVICE, INTERPRETED, capability, need_dtype, need_same_device, triton
 
 from .kernel import attend_kernel
 from .kernel_backward import delta_kernel, dkdv_kernel, dq_kernel
 from .kernel_tma import attend_tma_kernel
-from .tiles import Tiles, padded, tiles_for
+from .tiles import TABLE, Tiles, padded, tiles_for
 
 Tensor = torch.Tensor
 LOG2E = log2(e)
@@ -66,10 +67,7 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and k must agree in batch and head dimension, but got {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"the KV heads must divide the heads, but {k.shape[1]} do not divide {q.shape[1]}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"q, k, v must all be fp16 or all bf16, but are {[str(t.dtype)[6:] for t in (q, k, v)]}")
-    if q.dtype == torch.bfloat16 and capability() < 80:
-        raise ValueError(f"sm_{capability()} has no bf16: convert q, k, v to fp16")
+    need_dtype(torch.float16, torch.bfloat16, q=q, k=k, v=v)
     need_same_device(q=q, k=k, v=v)
     tiles_for("forward", q.shape[3], capability())
 
@@ -103,14 +101,19 @@ def _(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *, kind: str | None = None, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Launch a forward kernel: `kind` "forward" (any GPU) or "tma" (sm_90 on); chosen by the GPU if not given."""
+    """Launch a forward kernel: `kind` "forward" (any GPU) or "tma" (sm_90, sm_100); chosen by the GPU if not given."""
+    need_same_device(q=q, k=k, v=v)  # the operator can be called without `check`
+    if scale < 0:  # the kernels take a row's largest product for its largest score
+        q, scale = -q, -scale
     q, k, v = (_rows(t) for t in (q, k, v))
     batch, heads, n_q, d = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not o.numel():
         return o, lse
-    kind = kind or ("tma" if not INTERPRETED and capability() >= 90 and _suits_tma(q, k, v) else "forward")
+    if kind is None:
+        copied = not INTERPRETED and family(capability()) in TABLE["tma"] and _suits_tma(q, k, v)
+        kind = "tma" if copied else "forward"
     tiles = tiles or tiles_for(kind, d, capability())
     programs = triton.cdiv(n_q, tiles.BM) * batch * heads
     arguments = (
@@ -131,6 +134,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the three backward kernels."""
+    need_same_device(q=q, k=k, v=v, o=o, lse=lse, do=do, dlse=dlse)
     q, k, v, o, do = (_rows(t) for t in (q, k, v, o, do))
     (batch, heads, n_q, d), (kv_heads, n_k) = q.shape, k.shape[1:3]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))

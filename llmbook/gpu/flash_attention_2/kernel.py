@@ -15,13 +15,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def softmax_step(acc, l, m, q, k, v, seen, scale, MASKED: tl.constexpr):
     """One tile of keys: scores, running maximum and sum, product with V."""
     s = dot(q, tl.trans(k))
-    if MASKED:
-        s = tl.where(seen, s, float("-inf"))
     # In units of log 2: scale is log₂e/√d, and exp2 is one instruction.
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    # A row that saw no key has m = −inf, and −inf − (−inf) is NaN.
-    base = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    p = tl.exp2(s * scale - base[:, None])
+    if MASKED:
+        s = tl.where(seen, s * scale, float("-inf"))  # −∞ · 0 would be NaN
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # A row that saw no key has m = −∞, and −∞ − (−∞) is NaN.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - base[:, None])
+    else:  # scale ≥ 0: the row's largest score is the largest product, scaled
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        base = m_new
+        p = tl.exp2(s * scale - base[:, None])
     alpha = tl.exp2(m - base)
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None] + dot(p.to(v.dtype), v)

@@ -155,7 +155,7 @@ def _build(kernel: object, kind: str, written: tuple[str, ...], d: int, causal: 
         return {"D": d, "WIDE": d, "BM": tiles.BM, "BN": tiles.BN, "CAUSAL": causal}
 
     # On sm_75 tiles of d = 256 spill whatever their size: it runs there, slowly, and is left out of the check.
-    targets = (80, 89, 90, 100) if d > 128 else None
+    targets = (80, 89, 90, 100, 120) if d > 128 else None
     return Build(
         kernel, _signature(*written), constants, targets=targets, options=lambda sm: tiles_for(kind, d, sm).options
     )

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from llmbook.kit.generations import family
+
 SMALLEST, LARGEST = 16, 256  # head dimensions
 
 
@@ -20,13 +22,14 @@ class Tiles(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# Generation → tiles for head dimensions up to 64, 128, 256. Triton uses no tensor cores before sm_80: wide tiles spill.
+# Family → tiles for head dimensions up to 64, 128, 256; one that is not listed takes those of the one before it.
+# Triton uses no tensor cores before sm_80: wide tiles spill.
 TABLE = {
     "forward": {
         75: (Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
         80: (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(64, 32, 8, 2)),
         90: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
-        100: (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
+        100: (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
     },
     "tma": {
         90: (Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2), Tiles(128, 32, 8, 2)),
@@ -34,7 +37,10 @@ TABLE = {
     },
     "dkdv": {
         75: (Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        80: (Tiles(64, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
+        80: (Tiles(32, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
+        89: (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1)),
+        90: (Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 32, 8, 1)),
+        100: (Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(32, 32, 8, 1)),
     },
     "dq": {
         75: (Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
@@ -59,7 +65,8 @@ def tiles_for(kind: str, d: int, sm: int) -> Tiles:
         raise ValueError(f"no kernel is called {kind!r}; there are: {', '.join(TABLE)}")
     if not SMALLEST <= d <= LARGEST:
         raise ValueError(f"head dimension {d} is not supported: it must be from {SMALLEST} to {LARGEST}")
-    known = [generation for generation in TABLE[kind] if generation <= sm]
+    known = [entry for entry in TABLE[kind] if entry <= family(sm)]
     if not known:
-        raise ValueError(f"the {kind!r} kernel needs sm_{min(TABLE[kind])} or newer, not sm_{sm}")
+        there = " and ".join(f"sm_{entry}" for entry in TABLE[kind])
+        raise ValueError(f"the {kind!r} kernel has tiles for {there}, and none that fits sm_{sm}")
     return TABLE[kind][max(known)][0 if d <= 64 else 1 if d <= 128 else 2]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from llmbook.kit.kernels import Build, need_same_device, tl, triton
+from llmbook.kit.kernels import Build, need_dtype, need_same_device, tl, triton
 
 from .passes import softmax_backward
 
@@ -94,8 +94,7 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: another dtype, no dimension at all, or a tensor that kernels cannot reach.
     """
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be fp16, bf16 or fp32, but is {x.dtype}")
+    need_dtype(*DTYPES, x=x)
     if not x.dim():
         raise ValueError("x must have at least one dimension, the row; this is a single number")
     need_same_device(x=x)

@@ -11,7 +11,7 @@ Tensor = torch.Tensor
 
 def halve(s: Tensor) -> State:
     """All keys as states of their own, merged with their neighbours level by level. s: [rows, 2^k]; o has d = 0."""
-    state = State(s, torch.ones_like(s), torch.zeros(*s.shape, 0, dtype=s.dtype))
+    state = State(s, torch.ones_like(s), s.new_zeros(*s.shape, 0))
     while state.l.shape[-1] > 1:
         left, right = (State(state.m[:, i::2], state.l[:, i::2], state.o[:, i::2]) for i in (0, 1))
         state = merge(left, right)
