@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 PORT ?= 8000
 
-.PHONY: book serve lab test notebooks pages bench numbers chapter repository clean
+.PHONY: book serve lab test colab gpu notebooks pages bench numbers chapter repository clean
 
 # Building needs no torch: the pages show stored outputs.
 $(VENV)/.book: requirements.txt pyproject.toml
@@ -39,6 +39,14 @@ notebooks: $(VENV)/.all
 
 pages: $(VENV)/.all
 	$(PY) -m tools.pages
+
+# Colab's versions, in .colab; LIST=… for another list than the stored one.
+colab: $(VENV)/.book
+	$(PY) -m tools.colab $(if $(LIST),--list $(LIST))
+
+# On the GPU at hand: Run all, then every measurement; both say what failed.
+gpu: $(VENV)/.all
+	$(PY) -m tools.run; ran=$$?; $(PY) -m llmbook.bench && exit $$ran
 
 bench: $(VENV)/.all
 	$(PY) -m llmbook.bench $(CHAPTER)

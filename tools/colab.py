@@ -38,7 +38,8 @@ def interpreter(title: str) -> str:
     """The Python that the list names, where this machine has it; else this one."""
     found = re.search(r"Python (\d+\.\d+)", title)
     wanted = found[1] if found else "3.13"
-    pyenv = sorted((Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions").glob(f"{wanted}.*/bin/python"))
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    pyenv = sorted(versions.glob(f"{wanted}.*/bin/python"))
     return str(pyenv[-1]) if pyenv else shutil.which(f"python{wanted}") or sys.executable
 
 
@@ -67,13 +68,13 @@ class Environment:
     def call(self, *arguments: str, **environment: str) -> int:
         """The exit code of `python …` there, with this tree's llmbook."""
         around = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        return subprocess.run(
-            [str(self.python), *arguments], cwd=ROOT, check=False, env={**around, "PYTHONPATH": str(ROOT), **environment}
-        ).returncode
+        around |= {"PYTHONPATH": str(ROOT), **environment}
+        return subprocess.run([str(self.python), *arguments], cwd=ROOT, check=False, env=around).returncode
 
     def pip(self, *arguments: str) -> None:
         """Raises CalledProcessError where pip fails."""
-        subprocess.run([str(self.python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+        quiet = ["--quiet", "--disable-pip-version-check"]
+        subprocess.run([str(self.python), "-m", "pip", *quiet, *arguments], check=True)
 
     def installed(self) -> Versions:
         freeze = [str(self.python), "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check"]

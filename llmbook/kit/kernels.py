@@ -115,5 +115,5 @@ def need_dtype(*allowed: torch.dtype, **tensors: torch.Tensor | None) -> None:
 
 
 def sized(interpreted: int, compiled: int) -> int:
-    """A size for each way kernels run: the interpreter is a thousand times slower, and a GPU has nothing to do with few."""
+    """A size for each way kernels run: the interpreter is a thousand times slower, and on few a GPU is idle."""
     return compiled if AVAILABLE and not triton.knobs.runtime.interpret else interpreted

@@ -52,7 +52,8 @@ def same(mine, wanted, leaves):
     """Outputs and every gradient, of a loss whose slope is different everywhere."""
     torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
     weight = torch.randn_like(mine)
-    ours, theirs = (torch.autograd.grad((out * weight).sum(), those) for out, those in zip((mine, wanted), leaves, strict=True))
+    pairs = zip((mine, wanted), leaves, strict=True)
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), those) for out, those in pairs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
@@ -80,7 +81,8 @@ def test_the_layer_equals_hugging_faces_with_its_weights(factor, sequences):
     grads = torch.autograd.grad(ours(x[0])[0].square().sum(), (ours.up, ours.down))
     (x[0] + theirs(x[:1])[0]).square().sum().backward()
     for e in range(experts):
-        for grad, linear in zip(grads, (theirs.experts[f"expert_{e}"].wi, theirs.experts[f"expert_{e}"].wo), strict=True):
+        expert = theirs.experts[f"expert_{e}"]
+        for grad, linear in zip(grads, (expert.wi, expert.wo), strict=True):
             reference = torch.zeros_like(grad[e]) if linear.weight.grad is None else linear.weight.grad.T
             torch.testing.assert_close(grad[e], reference, atol=1e-4, rtol=1e-4)
 

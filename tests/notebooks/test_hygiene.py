@@ -11,7 +11,7 @@ from tools.chapters import ROOT, chapters, colab_link, repository
 from tools.refresh import SETUP, STATE
 from tools.verbatim import verbatim
 
-TAGS = {"setup", "badge", "hide-input", "hide-cell", "solution", "proof", "nbval-ignore-output"}
+TAGS = {"setup", "badge", "hide-input", "hide-cell", "solution", "proof", "nbval-ignore-output", "compiler"}
 SECTIONS = [
     "The picture", "Is it right?", "What does it cost?", "In production", "Exercises", "From the notes",
     "Going further",
@@ -52,6 +52,22 @@ def test_it_is_small_enough_and_valid(chapter):
 def test_its_tags_are_known(chapter):
     notebook = nbformat.read(chapter.notebook, as_version=4)
     assert {tag for cell in notebook.cells for tag in tags(cell)} <= TAGS
+
+
+@chapter
+def test_what_a_compiler_made_is_marked_as_such(chapter):
+    for cell in cells(chapter):
+        if re.search(r"^[^#]*\bahead\.report\(", cell.source, flags=re.M):
+            assert "compiler" in tags(cell), "a cell that calls ahead.report needs the tag `compiler`"
+
+
+@chapter
+def test_no_print_takes_the_interpreter_for_the_world(chapter):
+    # On a GPU the same line would be wrong.
+    for cell in cells(chapter):
+        printed = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)
+                   and isinstance(node.func, ast.Name) and node.func.id == "print"]
+        assert not any("interpret" in ast.unparse(node).lower() for node in printed)
 
 
 @chapter

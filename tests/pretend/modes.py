@@ -13,7 +13,10 @@ aten = torch.ops.aten
 CROSSING = {"copy_", "_to_copy", "set_", "_copy_from", "_copy_from_and_resize"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 STRICT = {"cat", "stack", "equal"}  # here not even a scalar may lie elsewhere
-MIXED = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (pretended; in {})"
+MIXED = (
+    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+    "(when checking {}; pretended)"
+)
 
 
 class Operations(TorchDispatchMode):
@@ -38,14 +41,12 @@ class Operations(TorchDispatchMode):
         if func.namespace not in ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional"):
             body = torch._library.custom_ops.OPDEFS.get(func._schema.name)
             plain = all(type(tensor) is torch.Tensor for tensor in tensors_in((args, kwargs)))
-            if body is not None and plain:  # a custom operator's body is Python of the book: it runs with the modes awake
+            if body is not None and plain:  # a custom operator's body is the book's: it runs with the modes awake
                 with self, self.functions:
                     return body._init_fn(*args, **kwargs)
         name, given = func._schema.name.split("::")[1], tensors_in((args, kwargs))
-        if given:
-            place = self._common(name, func._schema.is_mutable, args, given)
-        else:
-            place = CPU if self.called else None
+        alone = CPU if self.called else None
+        place = self._common(name, func._schema.is_mutable, args, given) if given else alone
         out = func(*args, **kwargs)
         self._put(place, given, out)
         return out
@@ -86,7 +87,7 @@ class Operations(TorchDispatchMode):
         """Indices may come from the CPU; what is indexed and what is written into it are in one place."""
         home = self.places.of(args[0])
         if home == CPU and any(self.places.of(index) == GPU for index in tensors_in((args[1],))):
-            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (pretended)")
+            raise RuntimeError("indices should be either on cpu or on the device of the indexed tensor (pretended)")
         if name.strip("_").endswith(("put", "impl")) and args[2].dim() and self.places.of(args[2]) != home:
             raise RuntimeError(MIXED.format(name))
 

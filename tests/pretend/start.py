@@ -50,7 +50,8 @@ def _cuda(sm: int, places: Places) -> None:
     name, gigabytes, multiprocessors = GPUS[sm]
     total = int(gigabytes * 1e9)
     properties = SimpleNamespace(
-        name=name, major=sm // 10, minor=sm % 10, total_memory=total, multi_processor_count=multiprocessors, warp_size=32,
+        name=name, major=sm // 10, minor=sm % 10, total_memory=total, multi_processor_count=multiprocessors,
+        warp_size=32,
     )
 
     class Event:
@@ -90,14 +91,17 @@ def _cuda(sm: int, places: Places) -> None:
         def wait_stream(self, other: "Stream") -> None: ...
 
     answers: dict[str, Any] = {
-        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "is_initialized": lambda: True,
+        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+        "is_initialized": lambda: True,
         "get_device_capability": lambda *_: (sm // 10, sm % 10), "get_device_properties": lambda *_: properties,
         "get_device_name": lambda *_: name, "is_bf16_supported": lambda *_, **__: sm >= 80,
-        "synchronize": nothing(), "empty_cache": nothing(), "set_device": nothing(), "init": nothing(), "_lazy_init": nothing(),
+        "synchronize": nothing(), "empty_cache": nothing(), "set_device": nothing(), "init": nothing(),
+        "_lazy_init": nothing(),
         "_sleep": nothing(), "manual_seed": nothing(), "manual_seed_all": nothing(), "Event": Event,
         "current_stream": lambda *_: Stream(), "Stream": Stream, "stream": lambda *_: nullcontext(),
         "device": lambda *_: nullcontext(), "mem_get_info": lambda *_: (total - places.allocated(), total),
-        "memory_allocated": lambda *_: places.allocated(), "max_memory_allocated": peak, "memory_reserved": lambda *_: places.allocated(),
+        "memory_allocated": lambda *_: places.allocated(), "max_memory_allocated": peak,
+        "memory_reserved": lambda *_: places.allocated(),
         "reset_peak_memory_stats": reset_peak, "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }
@@ -178,7 +182,7 @@ def _engine(places: Places, functions: Functions) -> None:
             if isinstance(output, torch.Tensor) and isinstance(grad, torch.Tensor):
                 here, there = places.of(output), places.of(grad)
                 if here and there and here != there:
-                    raise RuntimeError(f"invalid gradient at index 0 - expected device {here} but got {there} (pretended)")
+                    raise RuntimeError(f"invalid gradient: expected device {here} but got {there} (pretended)")
                 if there is None:
                     places.put(grad, here)
         return backward(outputs, grads, *args, **kwargs)

@@ -27,7 +27,7 @@ sys.exit(failed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", (75, 90, 120))  # no bf16; descriptors; little shared memory
+@pytest.mark.parametrize("sm", [75, 90, 120])  # no bf16; descriptors; little shared memory
 def test_every_chapter_is_measured(sm):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -34,7 +34,7 @@ def graph():
 
 
 def meets_a_gpu(chapter):
-    """Whether a notebook imports, through whatever modules, what runs kernels, processes or measurements; or names cuda."""
+    """Whether a notebook names cuda, or imports, through whatever modules, kernels, processes or measurements."""
     source, modules = code(chapter), graph().modules
     imported = set()
     for node in ast.walk(ast.parse(source)):
