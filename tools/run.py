@@ -6,6 +6,7 @@ with --compare what is printed has to be what is stored.
 """
 
 import argparse
+import asyncio
 import difflib
 import os
 import sys
@@ -56,7 +57,7 @@ def execute(notebook: Any, folder: Path, *, pretend: int | None = None, timeout:
     if pretend is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment.pop("TRITON_INTERPRET", None)
-    client.execute(env=environment)
+    asyncio.run(client.async_execute(env=environment))  # closes its loop, as execute() does not
     if pretend is not None:
         started = error_of(notebook.cells.pop(0))
         if started:
