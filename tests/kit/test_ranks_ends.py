@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -62,27 +61,50 @@ def pids(folder: Path, size: int) -> list[int]:
     return found
 
 
+LINGER = """
+from pathlib import Path
+from llmbook.kit import rank_server, ranks
+import time, os
+
+def linger(comm, folder):
+    (folder / f"pid-{comm.rank}").write_text(str(os.getpid()))
+    comm.barrier()
+    (folder / "ready").touch()
+    time.sleep(100)
+
+ranks.run(lambda comm: 0, 1)
+server = rank_server._server[0].process.pid
+print(server, flush=True)
+try:
+    ranks.run(linger, 2, Path("FOLDER"))
+except KeyboardInterrupt:
+    run = ranks.run(lambda comm: comm.rank, 2)
+    print(run.results, rank_server._server[0].process.pid == server)
+"""
+
+
+def lingering(tmp_path: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A caller whose ranks will not end by themselves, and all of its processes."""
+    caller = subprocess.Popen(
+        [sys.executable, "-c", LINGER.replace("FOLDER", str(tmp_path))], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )
+    servers = int(caller.stdout.readline())
+    return caller, [servers, *children(servers), *pids(tmp_path, 2)]
+
+
 def test_nothing_is_left_of_a_caller_that_was_killed(tmp_path):
-    caller = textwrap.dedent(f"""
-        from pathlib import Path
-        from llmbook.kit import rank_server, ranks
-        import time, os
+    caller, found = lingering(tmp_path)
+    caller.kill()
+    caller.communicate()
+    assert gone(*found)
 
-        def linger(comm, folder):
-            (folder / f"pid-{{comm.rank}}").write_text(str(os.getpid()))
-            comm.barrier()
-            (folder / "ready").touch()
-            time.sleep(100)
 
-        ranks.run(lambda comm: 0, 1)
-        print(rank_server._server[0].process.pid, flush=True)
-        ranks.run(linger, 2, Path({str(tmp_path)!r}))
-    """)
-    process = subprocess.Popen([sys.executable, "-c", caller], stdout=subprocess.PIPE, text=True)
-    servers = int(process.stdout.readline())
-    found = [servers, *children(servers), *pids(tmp_path, 2)]
-    process.kill()
-    process.communicate()
+def test_a_notebooks_interrupt_goes_to_its_whole_group_and_ends_the_run_alone(tmp_path):
+    caller, found = lingering(tmp_path)
+    os.killpg(caller.pid, signal.SIGINT)
+    out, err = caller.communicate(timeout=60)
+    assert (out, err) == ("[0, 1] True\n", "")
     assert gone(*found)
 
 
