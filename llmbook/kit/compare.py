@@ -26,15 +26,16 @@ def half(device: torch.device) -> torch.dtype:
 
 
 def reference_dtype(device: torch.device) -> torch.dtype:
-    """float64 where it is quick; float32 on GPUs where a large product would take minutes in float64.
+    """float64 where it is quick; float32 on GPUs where a large product would take minutes in float64."""
+    return torch.float64 if sm(device) in FAST_DOUBLE else exact_float32()
 
-    float32 is enough beside half precision: its products are off by about 1e-6, where fp16's rounding is 5e-4.
+
+def exact_float32() -> torch.dtype:
+    """float32, for references beside half precision: its products are off by about 1e-6, fp16's rounding is 5e-4.
 
     Raises:
         ValueError: float32 products are set to be rounded to tf32, so they are no reference.
     """
-    if sm(device) in FAST_DOUBLE:
-        return torch.float64
     if torch.get_float32_matmul_precision() != "highest":
         raise ValueError(
             "a float32 reference would be rounded to tf32: call torch.set_float32_matmul_precision('highest')"

@@ -177,7 +177,7 @@ def run(
             row = {"name": case.name, "sizes": case.sizes, "status": "left out", "why": LATE}
         else:
             row = attempt(case, timer, until)
-            (bar.write if bar else print)(describe_case(row))
+            bar.write(describe_case(row)) if bar else print(describe_case(row), flush=True)
         (without if "status" in row else timed).append(row)
         if bar:
             bar.update()

@@ -228,7 +228,10 @@ def test_the_benchmarks_cases_count_half_where_half_is_masked():
 
 
 @pytest.mark.parametrize("damage", ["second sequence", "last head", "last number", "NaN in the last head"])
-def test_the_rule_looks_at_every_head_of_every_sequence(damage):
+@pytest.mark.parametrize("piece", [1, 2 * 40**2, 2**24])
+def test_the_rule_looks_at_every_head_of_every_sequence(damage, piece, monkeypatch):
+    """One head at a time, two, or all."""
+    monkeypatch.setattr("llmbook.gpu.flash_attention.rule.PIECE", piece)
     q, k, v = torch.randn(3, 2, 3, 40, 16, generator=torch.Generator().manual_seed(1)).half()
     out = standard(q, k, v, True)
 

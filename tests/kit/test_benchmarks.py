@@ -128,6 +128,7 @@ def damages(t):
         yield f"last of dimension {d} wrong", set_at((slice(None),) * d + (-1,), lambda x: x + much)
     yield "one more dimension", t.detach()[None]
     yield "the last is missing", t.detach()[:-1]
+    yield "one too many", torch.cat((t.detach(), t.detach()[-1:]))
     if len(t) > 1:
         yield "would broadcast", t.detach()[:1]
 
@@ -166,3 +167,18 @@ def test_memory_is_enough_for_ours_and_its_check(chapter):
 def test_every_benchmark_is_here():
     folder = Path(bench.__file__).parent
     assert len(CHAPTERS) == len(list(folder.glob("*/*/benchmark.py"))) >= 12
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("chapter", "at"), [
+    ("gpu/flash_attention_2", (40, 32, True)), ("gpu/attention_on_the_roofline", 4),
+    ("block/attention_and_kv_cache", (2, 70)), ("block/mla", (2, 8, 70)),
+])
+def test_flex_attention_gives_what_ours_gives(chapter, at, monkeypatch):
+    """It is compiled for one size of each chapter; here for a small one, and not compiled."""
+    monkeypatch.setattr(module(chapter), "FLEX", at)
+    monkeypatch.setattr("llmbook.kit.stopwatch.ROUNDS", (2, 2))
+    rows = [measure.attempt(case, clock) for case in module(chapter).cases(**module(chapter).SMALL)]
+    flex = [row["peers"]["FlexAttention"] for row in rows if "FlexAttention" in row["peers"]]
+    assert flex
+    assert all("ms" in found or "backward on CPU" in found["unavailable"] for found in flex), flex

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmbook.kit.compare import half, need_same_shape, worst, worst_error
+from llmbook.kit.compare import exact_float32, half, need_same_shape, worst, worst_error
 from llmbook.kit.kernels import DEVICE
 from llmbook.kit.measure import Case, Work
 
@@ -89,7 +89,7 @@ def gradient(call: Callable[[Tensor], Tensor], weights: dict[str, Tensor], ids: 
 
 def exact_gradient(ours: Llama, ids: Tensor) -> list[Tensor]:
     """The same in float32, a layer's activations at a time; float64 would take 20 GB for the weights alone."""
-    precise = copy.deepcopy(ours).float()
+    precise = copy.deepcopy(ours).to(exact_float32())
     decoder: Any = precise.model
     x = decoder.embed_tokens(ids)
     for layer in decoder.layers:
@@ -157,7 +157,7 @@ def decoding(config: Config, dtype: torch.dtype, device: torch.device, batch: in
     @torch.no_grad()
     def exact() -> Tensor:
         """In float32, a sequence at a time."""
-        precise = copy.deepcopy(ours).float()
+        precise = copy.deepcopy(ours).to(exact_float32())
         one, rows = precise.cache(1, held + 1), []
         for b in range(batch):
             one.k.copy_(cached.k[:, b : b + 1])

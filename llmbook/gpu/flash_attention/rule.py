@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from llmbook.kit.compare import PIECE, need_same_shape, worst
+from llmbook.kit.compare import PIECE, exact_float32, need_same_shape, worst
 
 Tensor = torch.Tensor
 Plain = Callable[..., Sequence[Tensor]]
@@ -48,7 +48,7 @@ def by_the_rule(
         allowed = 0.0
         for part in _few_heads(inputs[0]):
             mine = [t[part] for t in inputs]
-            exact, same = plain(*(t.float() for t in mine)), plain(*mine)
+            exact, same = plain(*(t.to(exact_float32()) for t in mine)), plain(*mine)
             right = right or [t.new_empty(*inputs[0].shape[:2], *t.shape[2:]) for t in exact]
             for whole, one, rounded in zip(right, exact, same, strict=True):
                 whole[part] = one
