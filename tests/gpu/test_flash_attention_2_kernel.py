@@ -203,7 +203,8 @@ def test_every_tile_of_the_table_is_found_and_fits_the_dot():
             assert all(min(tiles.BM, tiles.BN) >= 16 for tiles in row)
     assert [padded(d) for d in (16, 17, 40, 64, 96, 129)] == [16, 32, 64, 64, 128, 256]
     for arguments, message in (
-        (("nothing", 64, 90), "no kernel is called 'nothing'"), (("tma", 64, 120), "for sm_90 and sm_100, and none that fits sm_120"),
+        (("nothing", 64, 90), "no kernel is called 'nothing'"),
+        (("tma", 64, 120), "for sm_90 and sm_100, and none that fits sm_120"),
         (("forward", 257, 90), "head dimension 257"), (("forward", 8, 90), "head dimension 8"),
     ):
         with pytest.raises(ValueError, match=message):

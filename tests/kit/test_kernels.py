@@ -1,8 +1,5 @@
 """What every launcher refuses: tensors elsewhere, by name, and bf16 where there is none; and life without Triton."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -72,7 +69,7 @@ def test_every_launcher_refuses_bf16_before_sm_80(name, monkeypatch):
     call, given = launchers(torch.bfloat16)[name]
     call(**given)
     monkeypatch.setattr(kernels, "capability", lambda: 75)
-    with pytest.raises(ValueError, match="^sm_75 has no bf16: convert .* to float16$"):
+    with pytest.raises(ValueError, match=r"^sm_75 has no bf16: convert .* to float16$"):
         call(**given)
 
 

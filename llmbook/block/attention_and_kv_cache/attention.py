@@ -28,6 +28,16 @@ def visible(starts: Tensor, counts: Tensor, new: int, keys: int) -> Tensor:
     return (j <= starts[:, None, None] + i) & (i < counts[:, None, None])
 
 
+def softmax_over(scores: Tensor, seen: Tensor) -> Tensor:
+    """Softmax of [..., T] over the keys that `seen`, bool, allows; a row that
+    sees none is zeros. What is hidden may hold anything, NaN too."""
+    # −∞, and no finite number, which a visible score may have; but 0 in a row
+    # that sees nothing, which would become NaN.
+    hidden, blind = ~seen, ~seen.any(-1, keepdim=True)
+    scores = scores.masked_fill(hidden, -torch.inf).masked_fill(blind, 0)
+    return scores.softmax(-1).masked_fill(hidden, 0)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """softmax(QKᵀ/√d_h + mask)V, each KV head read once for all its queries.
 
@@ -38,17 +48,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         seen: [B, S, T], bool.
 
     Returns:
-        [B, n_h, S, d_h]; zeros where a query sees no key.
+        [B, n_h, S, d_h]; zeros where a query sees no key. Keys and values that
+        no query sees may hold anything.
     """
     B, n_h, S, d = q.shape
     n_kv, T = k.shape[1:3]
+    unseen = ~seen.any(1)[:, None, :, None]
+    k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)  # 0 · NaN is NaN
     # The queries that share a head become rows of one matrix: K is not copied.
     rows = q.reshape(B, n_kv, n_h // n_kv * S, d)
     scores = (rows @ k.mT * d**-0.5).view(B, n_kv, n_h // n_kv, S, T)
-    hidden = ~seen[:, None, None]
-    # The lowest number, not −∞: a row without a key would become NaN.
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    p = scores.softmax(-1).masked_fill(hidden, 0)
+    p = softmax_over(scores, seen[:, None, None])
     return (p.view(B, n_kv, n_h // n_kv * S, T) @ v).view(q.shape)
 
 
@@ -83,10 +93,12 @@ class Attention(nn.Module):
         """Attend from new tokens to themselves and to what the cache holds.
 
         x: [B, S, D], any S, 0 too. counts: [B], how many tokens of each row
-        are real; all, if not given. Returns [B, S, D], zeros for padding.
+        are real; all, if not given. Returns [B, S, D], zeros for padding,
+        whatever it holds.
         """
         B, S = x.shape[:2]
         counts = new_tokens(counts, B, S, x.device)
+        x = without_padding(x, counts)
         starts = torch.zeros_like(counts)
         if cache is not None:
             starts = cache.lengths[self.layer].clone()
@@ -111,6 +123,13 @@ class Attention(nn.Module):
         """[B, S, n·d_h] → [B, S, n, d_h], a view."""
         d = self.heads.head_dim
         return x.view(*x.shape[:2], x.shape[2] // d, d)
+
+
+def without_padding(x: Tensor, counts: Tensor) -> Tensor:
+    """x, [B, S, D], with zeros from token counts[b] on: a NaN there would reach
+    the weights' gradients."""
+    padding = torch.arange(x.shape[1], device=x.device) >= counts[:, None]
+    return x.masked_fill(padding[..., None], 0)
 
 
 def new_tokens(counts: Tensor | None, B: int, S: int, device: torch.device) -> Tensor:

@@ -30,8 +30,8 @@ class Cache(Protocol):
         """
 
     def read(self, layer: int = 0) -> tuple[Tensor, Tensor]:
-        """All keys and values, [B, n_kv, longest, d_h]; beyond a sequence's
-        length there is something finite that must be masked."""
+        """All keys and values, [B, n_kv, longest, d_h]; zeros, which must be
+        masked, beyond a sequence's length."""
 
     def free(self, sequence: int) -> None:
         """Forget a sequence: its place can be taken by another."""
@@ -79,6 +79,7 @@ class StaticCache:
     def free(self, sequence: int) -> None:
         known(sequence, self.lengths.shape[1])
         self.lengths[:, sequence] = 0
+        self.k[:, sequence] = self.v[:, sequence] = 0  # it may have held a NaN
 
 
 class Pages:
@@ -156,11 +157,13 @@ class PagedCache:
         return self.read(layer)
 
     def read(self, layer: int = 0) -> tuple[Tensor, Tensor]:
-        table, longest = self.page_table(), longest_of(self.lengths[layer])
+        table, empty = self.page_table(), beyond(self.lengths[layer])
 
         def gather(pool: Tensor) -> Tensor:
             rows = pool[table].transpose(1, 2)  # [B, n_kv, pages, page, d_h]
-            return rows.flatten(2, 3)[:, :, :longest]
+            rows = rows.flatten(2, 3)[:, :, : empty.shape[1]]
+            # A short table's page 0 and a page's last slots are others'.
+            return rows.masked_fill(empty[:, None, :, None], 0)
 
         return gather(self.k[layer]), gather(self.v[layer])
 
@@ -178,6 +181,11 @@ def new_places(counts: Tensor, new: int) -> tuple[Tensor, Tensor]:
     real = torch.arange(new, device=counts.device) < counts[:, None]
     row, column = real.nonzero(as_tuple=True)
     return row, column
+
+
+def beyond(lengths: Tensor) -> Tensor:
+    """[B, longest], bool: the places behind each sequence's last token."""
+    return torch.arange(longest_of(lengths), device=lengths.device) >= lengths[:, None]
 
 
 def longest_of(lengths: Tensor) -> int:

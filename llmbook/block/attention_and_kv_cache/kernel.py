@@ -69,7 +69,7 @@ def part_kernel(
         k = read_tile(k_ptr, k_at, keys, inside, b, head, table_ptr, table_at, D, PAGE)
         v = read_tile(v_ptr, v_at, keys, inside, b, head, table_ptr, table_at, D, PAGE)
         acc, l, m = absorb(acc, l, m, q, k, v, inside, scale)
-    l = tl.where(l == 0, 1.0, l)  # an empty part: zeros, and −inf in the merge
+    l = tl.where(start < end, l, 1.0)  # an empty part: zeros, and −inf in the merge
     rows = (tl.cast(which, tl.int64) * GROUP + row) * parts + part
     out = o_ptr + (rows * D)[:, None] + col[None, :]
     tl.store(out, acc / l[:, None], mask=mine)

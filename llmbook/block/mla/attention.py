@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from llmbook.block.attention_and_kv_cache.attention import new_tokens, visible
+from llmbook.block.attention_and_kv_cache.attention import new_tokens, softmax_over, visible, without_padding
 from llmbook.block.norms.rms import RMSNorm
 from llmbook.block.rope.rotation import frequencies, rotate_interleaved, tables
 from llmbook.block.rope.scaling import yarn
@@ -43,12 +43,14 @@ class Yarn:
         return self.strength(self.mscale) / self.strength(self.mscale_all_dim)
 
 
+def seen_rows(rows: Tensor, seen: Tensor) -> Tensor:
+    """Rows [B, T, d], zeros where no query sees them: 0 · NaN would be NaN."""
+    return rows.masked_fill(~seen.any(1)[..., None], 0)
+
+
 def softmax_weights(scores: Tensor, seen: Tensor) -> Tensor:
-    """Softmax of [B, n_h, S, T] over the keys that `seen`, [B, S, T], allows;
-    a row without keys is zeros, and a NaN among them makes its row NaN."""
-    hidden = ~seen[:, None]
-    lowest = torch.finfo(scores.dtype).min  # −∞ would make NaN of an empty row
-    return scores.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0)
+    """Softmax of [B, n_h, S, T] over the keys that `seen`, [B, S, T], allows."""
+    return softmax_over(scores, seen[:, None])
 
 
 def attend_rebuilt(
@@ -61,6 +63,7 @@ def attend_rebuilt(
     Returns [B, n_h, S, v].
     """
     n_h, wide, d_c = up.shape
+    rows = seen_rows(rows, seen)
     c, k_r = rows[..., :d_c], rows[..., d_c:]
     kv = (c @ up.flatten(0, 1).T).unflatten(-1, (n_h, wide)).transpose(1, 2)
     k, v = kv.split((q.shape[-1], wide - q.shape[-1]), -1)
@@ -77,6 +80,7 @@ def attend_absorbed(
     Shapes as in `attend_rebuilt`, whose result this is.
     """
     d_c, nope = up.shape[2], q.shape[-1]
+    rows = seen_rows(rows, seen)
     c, k_r = rows[..., :d_c], rows[..., d_c:]
     down = torch.einsum("bhsn,hnc->bhsc", q, up[:, :nope])
     p = softmax_weights((turned(down, c) + turned(q_r, k_r)) * scale, seen)
@@ -148,10 +152,12 @@ class LatentAttention(nn.Module):
 
         x: [B, S, D], any S, 0 too. counts: [B], how many tokens of each row
         are real; all, if not given. absorb: which form computes it; the one
-        with fewer FLOPs, if not given. Returns [B, S, D], zeros for padding.
+        with fewer FLOPs, if not given. Returns [B, S, D], zeros for padding,
+        whatever it holds.
         """
         B, S, _ = need_stream(x, self.sizes.dim)
         counts = new_tokens(counts, B, S, x.device)
+        x = without_padding(x, counts)
         starts = torch.zeros_like(counts)
         if cache is not None:
             starts = cache.lengths[self.layer].clone()

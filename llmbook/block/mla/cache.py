@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llmbook.block.attention_and_kv_cache.cache import Pages, known, longest_of, new_places
+from llmbook.block.attention_and_kv_cache.cache import Pages, beyond, known, new_places
 
 
 class LatentCache:
@@ -50,10 +50,11 @@ class LatentCache:
         return self.read(layer)
 
     def read(self, layer: int = 0) -> Tensor:
-        """All rows, [B, longest, width]; beyond a sequence's length there is
-        something finite that must be masked."""
-        longest = longest_of(self.lengths[layer])
-        return self.rows[layer][self.page_table()].flatten(1, 2)[:, :longest]
+        """All rows, [B, longest, width]; zeros, which must be masked, beyond a
+        sequence's length."""
+        empty = beyond(self.lengths[layer])
+        rows = self.rows[layer][self.page_table()].flatten(1, 2)
+        return rows[:, : empty.shape[1]].masked_fill(empty[..., None], 0)
 
     def page_table(self) -> Tensor:
         """[B, most pages], int64."""

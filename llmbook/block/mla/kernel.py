@@ -65,7 +65,7 @@ def latent_kernel(
         c = tile(rows_ptr, at, inside, 0, LATENT)
         k_rope = tile(rows_ptr, at, inside, LATENT, ROPE)
         acc, l, m = attend(acc, l, m, q, q_rope, c, k_rope, inside, scale)
-    l = tl.where(l == 0, 1.0, l)  # an empty part: zeros, and −inf in the merge
+    l = tl.where(start < end, l, 1.0)  # an empty part: zeros, and −inf in the merge
     place = (tl.cast(b, tl.int64) * heads + head) * parts + part
     out = o_ptr + (place * LATENT)[:, None] + tl.arange(0, LATENT)[None, :]
     tl.store(out, acc / l[:, None], mask=mine[:, None])

@@ -88,7 +88,7 @@ def per_head_kernel(
         seen = (j + tl.arange(0, BN) < end)[None, :]
         p, alpha, l, m = weigh(s, seen, scale, l, m)
         acc = acc * alpha + tl.sum(tl.trans(p) * v.to(tl.float32), 0)
-    l = tl.where(l == 0, 1.0, l)  # no key: zeros, and −inf
+    l = tl.where(start < end, l, 1.0)  # no key: zeros, and −inf
     part = (which * group + row) * splits + split
     out = (acc / l).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + part * D + tl.arange(0, D), out)
@@ -126,7 +126,7 @@ def packed_kernel(
         p, alpha, l, m = weigh(s, seen, scale, l, m)
         v = k if SHARED else tile_of(v_ptr, v_at[2], j, end, 0, D, BN)
         acc = acc * alpha[:, None] + dot(p.to(v.dtype), v)
-    l = tl.where(l == 0, 1.0, l)[:, None]
+    l = tl.where(start < end, l, 1.0)[:, None]
     row = first + tl.arange(0, ROWS)[:, None]
     part = (which * group + row) * splits + split
     at = o_ptr + part * D + tl.arange(0, D)[None, :]

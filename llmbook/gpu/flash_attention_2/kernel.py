@@ -79,6 +79,12 @@ def key_range(
 
 
 @triton.jit
+def sees(rows, n_q, n_k, CAUSAL: tl.constexpr):
+    """Which rows see a key: by their place, since a score may be anything."""
+    return rows + n_k >= n_q if CAUSAL else n_k > 0
+
+
+@triton.jit
 def tile_of(number, blocks, CAUSAL: tl.constexpr):
     """Head by head, so that K and V stay in L2; in a head the longest rows first."""
     which, block = (number // blocks).to(tl.int64), number % blocks
@@ -114,7 +120,7 @@ def attend_kernel(
         acc, l, m, q, k_ptr, v_ptr, k_at, v_at, rows, free, end, n_k, n_k - n_q,
         scale, D, WIDE, BN, CAUSAL, True,
     )
-    l = tl.where(l == 0, 1.0, l)  # a row that saw no key: zeros, and −inf
+    l = tl.where(sees(rows, n_q, n_k, CAUSAL), l, 1.0)  # else zeros, and −inf
     acc = acc / l[:, None]
     o_ptr += batch * o_at[0] + head * o_at[1]
     o_tile, _ = tile_at(o_ptr, o_at, block * BM, n_q, D, WIDE, BM)

@@ -43,9 +43,10 @@ def gather_queries(
         lse = tl.load(lse_ptr + rows, mask=rows < n_q, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=rows < n_q, other=0.0)
         # Transposed tiles: keys down, queries across.
-        p = tl.exp2(dot(k, tl.trans(q)) * scale - (lse * LOG2E)[None, :])
+        s = dot(k, tl.trans(q)) * scale - (lse * LOG2E)[None, :]
         if CAUSAL:
-            p = tl.where(keys[:, None] <= rows[None, :] + offset, p, 0.0)
+            s = tl.where(keys[:, None] <= rows[None, :] + offset, s, float("-inf"))
+        p = tl.exp2(s)
         dv += dot(p.to(do.dtype), do)
         ds = p * (dot(v, tl.trans(do)) - delta[None, :])
         dk += dot(ds.to(q.dtype), q)
@@ -95,13 +96,14 @@ def gather_keys(
         v_tile, _ = tile_at(v_ptr, v_at, j, n_k, D, WIDE, BN)
         k = tl.load(k_tile, mask=inside, other=0.0)
         v = tl.load(v_tile, mask=inside, other=0.0)
-        p = tl.exp2(dot(q, tl.trans(k)) * scale - (lse * LOG2E)[:, None])
+        s = dot(q, tl.trans(k)) * scale - (lse * LOG2E)[:, None]
         if MASKED:
             keys = j + tl.arange(0, BN)[None, :]
             seen = keys < n_k
             if CAUSAL:
                 seen = seen & (keys <= rows[:, None] + offset)
-            p = tl.where(seen, p, 0.0)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s)
         ds = p * (dot(do, tl.trans(v)) - delta[:, None])
         dq += dot(ds.to(k.dtype), k)
     return dq

@@ -6,7 +6,7 @@ reads as zero and is not written, so that no mask is left on any load.
 
 from llmbook.kit.kernels import Build, tl, triton
 
-from .kernel import LOG2E, SIGNATURE, key_range, softmax_step, tile_of
+from .kernel import LOG2E, SIGNATURE, key_range, sees, softmax_step, tile_of
 from .tiles import tiles_for
 
 
@@ -67,7 +67,7 @@ def attend_tma_kernel(
             acc, l, m, q, k_tiles, v_tiles, batch, head // group, rows, free, end, n_k,
             n_k - n_q, scale, WIDE, BN, CAUSAL, True, False,
         )
-        l = tl.where(l == 0, 1.0, l)
+        l = tl.where(sees(rows, n_q, n_k, CAUSAL), l, 1.0)
         acc = acc / l[:, None]
         acc = acc.to(o_ptr.dtype.element_ty).reshape(1, 1, BM, WIDE)
         o_tiles.store([batch, head, block * BM, 0], acc)
