@@ -65,3 +65,16 @@ def test_the_notebook_trains_the_small_model_whatever_the_machine():
     (cell,) = [cell for cell in cells if "live = train(" in cell]
     assert cell.startswith('SIZE = "notebook"')
     assert "SIZES[SIZE]" in cell
+
+
+def test_the_timed_loss_is_a_sum_whose_gradients_fp16_holds():
+    logits = torch.randn(1, 2048, 4000, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
+    ids = torch.arange(2048)[None] % 4000
+    loss = benchmark.loss_of(logits, ids)
+    exact = logits.detach().double().requires_grad_()
+    right = -exact.log_softmax(-1).gather(-1, ids[..., None]).sum()
+    (ours,), (theirs,) = torch.autograd.grad(loss, logits), torch.autograd.grad(right, exact)
+    assert loss.item() == pytest.approx(right.item(), rel=1e-5)
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+    small = ours[0, 0, 1:], theirs[0, 0, 1:]  # not the target's
+    assert (small[0] - small[1]).norm() < 1e-2 * small[1].norm()
