@@ -11,10 +11,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .generations import generation
+from .without_triton import SENTENCE as MISSING
 
 TARGETS = (75, 80, 89, 90, 100, 120)
 
@@ -32,9 +34,12 @@ def report(*modules: str) -> list[dict[str, Any]]:
         and copy (the asynchronous one from HBM to shared memory).
 
     Raises:
-        RuntimeError: the compiler refused a kernel; its message is passed on.
+        RuntimeError: the compiler refused a kernel; its message is passed on. Or there is no Triton here.
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    if find_spec("triton") is None:
+        raise RuntimeError(MISSING)
+    # No GPU is shown to it, so that it does the same where there is one, and takes none of its memory.
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "llmbook.kit.ahead", "--json", *modules]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -111,6 +116,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main(arguments: list[str]) -> int:
+    if find_spec("triton") is None:
+        print(MISSING, file=sys.stderr)
+        return 2
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print("TRITON_INTERPRET=1 is set: this process cannot compile; unset it", file=sys.stderr)
         return 2

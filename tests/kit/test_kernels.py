@@ -1,5 +1,8 @@
 """What every launcher refuses: tensors elsewhere, by name, and bf16 where there is none; and life without Triton."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,91 @@ def test_two_gpus_are_two_devices(monkeypatch):
     kernels.need_same_device(a=On("cuda:1"), b=On("cuda:1"))
     with pytest.raises(ValueError, match="but a is on cuda:0, b is on cuda:1: move them with"):
         kernels.need_same_device(a=On("cuda:0"), b=On("cuda:1"))
+
+
+# --- ahead of time, and without Triton
+
+
+def fresh(script, **environment):
+    """What a new process prints."""
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_compilers_process_sees_no_gpu_and_does_not_interpret(monkeypatch):
+    """The same on a machine with a GPU, where nothing is set, and on one without."""
+    seen, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: seen.append(k["env"]) or run(*a, **k))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    (row,) = ahead.report("llmbook.block.norms.kernel:0@120")
+    assert (seen[0]["TRITON_INTERPRET"], seen[0]["CUDA_VISIBLE_DEVICES"]) == ("0", "")
+    assert (row["sm"], row["limit"], row["spills"]) == (120, 99 * 1024, 0)
+
+
+PRETEND = "import torch; torch.cuda.is_available = lambda: True\n"
+
+
+def test_a_report_is_made_in_a_process_that_compiles_too():
+    """As in a notebook on a machine with a GPU: kernels are compiled here, and ahead of time in the other process."""
+    script = PRETEND + (
+        "from llmbook.kit import ahead, kernels\n"
+        "assert not kernels.INTERPRETED and kernels.DEVICE.type == 'cuda'\n"
+        "print(ahead.report('llmbook.block.norms.kernel:0@75')[0]['sm'])"
+    )
+    without = {"TRITON_INTERPRET": ""}
+    assert fresh(script.replace("import torch;", "import os; os.environ.pop('TRITON_INTERPRET'); import torch;"),
+                 **without) == "75\n"
+
+
+SENTENCE = (
+    "Triton is not installed here, so kernels cannot run: it exists for Linux; everything else in this chapter runs"
+)
+
+
+def test_without_triton_chapters_import_and_a_launch_says_why_it_cannot():
+    script = """
+import sys
+sys.modules["triton"] = None
+import importlib
+from pathlib import Path
+import llmbook
+root = Path(llmbook.__file__).parent
+for path in sorted(root.glob("*/*/*.py")):
+    importlib.import_module(".".join(("llmbook", *path.relative_to(root).with_suffix("").parts)))
+import torch
+from llmbook.kit import ahead, kernels
+assert not kernels.AVAILABLE
+half = lambda *shape: torch.ones(shape).half()
+from llmbook.block.attention_and_kv_cache.decode import flash_decode
+from llmbook.block.norms.kernel import rms_norm
+from llmbook.gpu.flash_attention.kernel import flash1_kernel, flash_attention_1
+from llmbook.gpu.flash_attention_2.attention import flash_attention_2
+from llmbook.gpu.online_softmax.kernel import softmax
+calls = [
+    lambda: flash_attention_1(*[half(1, 1, 4, 16)] * 3), lambda: flash_attention_2(*[half(1, 1, 4, 16)] * 3),
+    lambda: softmax(half(2, 3)), lambda: rms_norm(half(2, 3), half(3)), lambda: flash1_kernel(1),
+    lambda: flash_decode(half(1, 2, 16), half(1, 1, 4, 16), half(1, 1, 4, 16), torch.ones(1, dtype=torch.int32)),
+    lambda: ahead.report("llmbook.block.norms.kernel"),
+]
+for call in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+    assert fresh(script) == (SENTENCE + "\n") * 7
+    assert kernels.AVAILABLE
+
+
+def test_the_stand_ins_count_as_triton_does():
+    from llmbook.kit import without_triton
+
+    for n in (1, 2, 3, 16, 17, 1000):
+        assert without_triton.triton.next_power_of_2(n) == kernels.triton.next_power_of_2(n)
+        assert without_triton.triton.cdiv(n, 7) == kernels.triton.cdiv(n, 7)

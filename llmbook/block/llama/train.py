@@ -88,7 +88,8 @@ def batches(data: Tensor, r: Recipe) -> Iterator[Tensor]:
         )
     for _ in range(r.steps):
         starts = torch.randint(len(data) - r.length, (r.batch, 1), generator=g)
-        yield data[starts + torch.arange(r.length + 1)]
+        here = torch.arange(r.length + 1, device=data.device)
+        yield data[starts.to(data.device) + here]
 
 
 def rate_at(step: int, r: Recipe) -> float:
