@@ -36,12 +36,13 @@ def stages() -> list[Stage]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--dist", "loadscope"]
     spread = [*pytest[:-1], "worksteal"]  # one test, one notebook: no module's tests belong together
     notebooks = [str(chapter.notebook) for chapter in chapters()]
+    units = ["-m", "not site", "--ignore", "tests/pretend", "tests"]
     nbval = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout", "300", "-W", "default"]
     return [
         Stage("lint (ruff)", [str(BIN / "ruff"), "check", "."]),
         Stage("types (mypy)", [str(BIN / "mypy")]),
         Stage("import contracts", [str(BIN / "lint-imports")]),
-        Stage("unit, property, reference, hygiene, kernels", [*pytest, "-m", "not site", "--ignore", "tests/pretend", "tests"], junit=True),
+        Stage("unit, property, reference, hygiene, kernels", [*pytest, *units], junit=True),
         Stage("notebooks replayed (nbval)", [*pytest, *nbval, *notebooks], junit=True),
         Stage("notebooks and benchmarks on a pretended GPU", [*spread, "tests/pretend"], junit=True),
         Stage("notebooks fresh", [sys.executable, "-m", "tools.refresh", "--check", "--jobs", WORKERS]),
