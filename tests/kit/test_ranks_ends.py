@@ -64,7 +64,9 @@ def pids(folder: Path, size: int) -> list[int]:
 LINGER = """
 from pathlib import Path
 from llmbook.kit import rank_server, ranks
-import time, os
+import signal, time, os
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 
 def linger(comm, folder):
     (folder / f"pid-{comm.rank}").write_text(str(os.getpid()))
@@ -116,8 +118,10 @@ def test_an_interrupt_ends_the_run_and_the_next_one_works(tmp_path):
     found: list[int] = []
     thread = threading.Thread(target=interrupt)
     thread.start()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     with pytest.raises(KeyboardInterrupt):
         ranks.run(linger, 2, tmp_path)
+    signal.signal(signal.SIGINT, handler)
     thread.join()
     assert not any(map(alive, found))  # at once: run waits for it
     before = server()
