@@ -10,8 +10,6 @@ from llmbook.block.mla.cache import LatentCache
 from llmbook.block.mla.decode import decode_as_mqa, latent_decode
 from llmbook.block.mla.tiles import tiles_for
 from llmbook.kit import ahead
-from llmbook.kit.hardware import SHARED_PER_BLOCK
-from llmbook.kit.measure import measure
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 

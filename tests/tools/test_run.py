@@ -1,5 +1,7 @@
 """Run all, and as on Colab: every failure is listed, what changed is shown, and what may change is not compared."""
 
+import re
+
 import nbformat
 import pytest
 
@@ -31,7 +33,8 @@ def test_all_failures_are_listed_and_nothing_is_written(tmp_path):
     found = run.run(chapter, compare=True)
     assert [failure.cell for failure in found] == [1, 3, 6]
     assert found[0].what == "ZeroDivisionError: division by zero"
-    assert "-then" in found[1].what and "+now" in found[1].what
+    assert "-then" in found[1].what
+    assert "+now" in found[1].what
     assert str(found[2]) == "notebooks/gpu/tried, cell 6: NameError: name 'x' is not defined"
     assert [failure.cell for failure in run.run(chapter)] == [1, 6]
     assert chapter.notebook.read_bytes() == before
@@ -43,7 +46,8 @@ def test_a_pretended_gpu_starts_before_the_first_cell(tmp_path):
         ("torch.ones(1, device='cuda').numpy()", "", []),
     )
     (failure,) = run.run(chapter, pretend=75, compare=True)
-    assert failure.cell == 2 and "can't convert cuda" in failure.what
+    assert failure.cell == 2
+    assert "can't convert cuda" in failure.what
     with pytest.raises(RuntimeError, match="did not start: KeyError: 70"):
         run.run(chapter, pretend=70)
 
@@ -58,8 +62,9 @@ def test_the_exit_code_tells(tmp_path, monkeypatch, capsys):
 
 def test_colabs_list_is_whole_and_read():
     title, listed = colab.read(colab.LIST)
-    assert "2026-" in title and "Python 3.13" in title
-    assert len(listed) > 600 and listed["torch"] == "2.11.0" and listed["pyyaml"]
+    assert re.search("2026-.*Python 3.13", title)
+    assert len(listed) > 600
+    assert listed["torch"] == "2.11.0"
     assert {colab._canonical(name) for name in (*colab.BOOK, *colab.RUN)} <= listed.keys()
     assert not any(name.startswith(("cuda-", "nvidia-")) for name in listed)
 
@@ -74,5 +79,6 @@ def test_what_differs_from_colab_is_said():
 
 def test_the_weekly_run_is_make_colab_on_the_gpu_list():
     workflow = (ROOT / ".github/workflows/colab.yml").read_text(encoding="utf-8")
-    assert "pip-freeze.gpu.txt" in workflow and "make colab LIST=" in workflow
+    assert "pip-freeze.gpu.txt" in workflow
+    assert "make colab LIST=" in workflow
     assert "-m tools.colab" in (ROOT / "Makefile").read_text(encoding="utf-8")
