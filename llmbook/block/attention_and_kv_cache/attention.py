@@ -79,8 +79,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.layer, self.base, self.angles = heads, layer, base, angles
-        wide = heads.heads * heads.head_dim
-        narrow = heads.kv_heads * heads.head_dim
+        wide, narrow = (n * heads.head_dim for n in (heads.heads, heads.kv_heads))
         self.q_proj = nn.Linear(heads.dim, wide, bias=False)
         self.k_proj = nn.Linear(heads.dim, narrow, bias=False)
         self.v_proj = nn.Linear(heads.dim, narrow, bias=False)
@@ -92,9 +91,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend from new tokens to themselves and to what the cache holds.
 
-        x: [B, S, D], any S, 0 too. counts: [B], how many tokens of each row
-        are real; all, if not given. Returns [B, S, D], zeros for padding,
-        whatever it holds.
+        x: [B, S, D], any S, 0 too. counts: [B], each row's real tokens; all,
+        if not given. Returns [B, S, D], zeros for padding, whatever it holds.
         """
         B, S = x.shape[:2]
         counts = new_tokens(counts, B, S, x.device)
