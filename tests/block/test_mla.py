@@ -143,7 +143,7 @@ def theirs_for(sizes, rope=None):
     )
     theirs = DeepseekV3Attention(config, 0).double()
     for name in ("q_a_layernorm", "kv_a_layernorm"):  # theirs computes in float32 whatever comes in
-        if getattr(theirs, name) is not None:
+        if getattr(theirs, name, None) is not None:
             setattr(theirs, name, torch.nn.RMSNorm(len(getattr(theirs, name).weight), eps=1e-6).double())
     return config, theirs
 

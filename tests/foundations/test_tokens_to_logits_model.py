@@ -79,7 +79,9 @@ def test_the_log_equals_that_of_hugging_faces_model(attend, theirs_is, kv):
     )} for log in logs)
     assert one == other
     assert len(one) == 2 * 12 + 3
-    assert logs[0].flop == logs[1].flop == sum(forward_flop(c, 2, 5).values())
+    # Some versions of transformers turn RoPE's angles by a product, which is not the model's work.
+    theirs_flop = sum(op.flop for op in logs[1].ops if "rotary" not in op.module)
+    assert logs[0].flop == theirs_flop == sum(forward_flop(c, 2, 5).values())
 
 
 def test_padding_on_the_right_changes_no_real_token():

@@ -127,7 +127,7 @@ def fresh(script, **environment):
     """What a new process prints."""
     path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], env={**os.environ, "PYTHONPATH": path, **environment},
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

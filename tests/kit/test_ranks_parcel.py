@@ -78,8 +78,10 @@ def test_a_warning_that_is_an_error_here_is_one_there():
     def warn(comm):
         warnings.warn("careful", stacklevel=1)
 
-    with pytest.raises(ranks.RankError, match="UserWarning: careful"):
-        ranks.run(warn, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(ranks.RankError, match="UserWarning: careful"):
+            ranks.run(warn, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert ranks.run(warn, 1).results == [None]
