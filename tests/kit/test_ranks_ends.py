@@ -25,10 +25,10 @@ def test_a_killed_server_is_replaced(seen, monkeypatch):
     os.kill(before, signal.SIGKILL)
     if seen:
         rank_server._server[0].process.wait()
-    else:  # it dies when its death has just been looked for
-        found_alive = iter([True])
+    else:  # it seems to live until somebody has looked closer
         usable = rank_server.Server.usable
-        monkeypatch.setattr(rank_server.Server, "usable", lambda self: next(found_alive, None) or usable(self))
+        unseen = lambda self: self.process.pid == before and self.process.returncode is None  # noqa: E731
+        monkeypatch.setattr(rank_server.Server, "usable", lambda self: unseen(self) or usable(self))
     assert ranks.run(ident, 3).results == [0, 1, 2]
     assert server() != before
 
@@ -102,6 +102,20 @@ def test_nothing_is_left_of_a_caller_that_was_killed(tmp_path):
     assert gone(*found)
 
 
+def test_a_fork_of_a_caller_does_not_keep_its_server(tmp_path):
+    """A worker of a data loader, say, that outlives the caller for a while."""
+    forks = "child = os.fork()\nif child == 0:\n    time.sleep(60)\nprint(child, flush=True)\n"
+    text = LINGER.replace("FOLDER", str(tmp_path)).replace("try:\n", forks + "try:\n")
+    caller = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    servers, child = int(caller.stdout.readline()), int(caller.stdout.readline())
+    found = pids(tmp_path, 2)
+    caller.kill()
+    assert gone(servers, *found)
+    assert alive(child)
+    os.kill(child, signal.SIGKILL)
+    caller.communicate()
+
+
 def test_a_notebooks_interrupt_goes_to_its_whole_group_and_ends_the_run_alone(tmp_path):
     caller, found = lingering(tmp_path)
     os.killpg(caller.pid, signal.SIGINT)
@@ -135,11 +149,18 @@ def test_ranks_end_with_the_process_that_watches_over_them(tmp_path):
         comm.barrier()
         (tmp_path / "ready").touch()
         if comm.rank == 0:
+            child = os.fork()  # who nobody watches over now, and who holds what its rank held
+            if child == 0:
+                time.sleep(60)
+            (tmp_path / "child").write_text(str(child))
             os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(100)
 
+    began = time.monotonic()
     with pytest.raises(ranks.RankError, match="watches over the ranks was killed"):
         ranks.run(betray, 3)
+    assert time.monotonic() - began < 30
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
     assert gone(*[int((tmp_path / f"pid-{rank}").read_text()) for rank in range(3)])
 
 

@@ -186,6 +186,13 @@ def test_what_ranks_print_appears_here(capsys):
     assert err == "aside 0\naside 1\n"
 
 
+def test_what_is_said_last_is_printed_too(capsys):
+    relay = rank_server.Relay("stdout")
+    os.write(relay.write, "the end, Σ".encode()[:-1])
+    relay.close()
+    assert capsys.readouterr().out == "the end, \N{REPLACEMENT CHARACTER}"
+
+
 def test_runs_side_by_side_do_not_meet():
     def own(comm, thread):
         comm.send(torch.tensor([thread]), 1 - comm.rank)
