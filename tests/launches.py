@@ -16,11 +16,12 @@ os.environ.update(TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
 import torch
 import triton
 
-from llmbook.kit import ahead, kernels
+from llmbook.kit import ahead, compare, kernels
 
 SM = int(sys.argv[1])
 kernels.DEVICE = torch.device("meta")
 kernels.capability = lambda: SM
+compare.sm = lambda device: SM
 sources: dict[str, set[str]] = {}
 builds: dict[str, kernels.Build] = {}
 source = ""
