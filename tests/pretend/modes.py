@@ -31,6 +31,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, places: Places) -> None:
         super().__init__()
         self.places, self.called, self.functions = places, 0, None
+        self.latest = CPU  # where the latest operation was: what the engine makes by itself is for the next one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -58,7 +59,7 @@ class Operations(TorchDispatchMode):
         return out
 
     def _put(self, place: str | None, given: list[torch.Tensor], out: Any) -> None:
-        mine = {id(t) for t in given}
+        mine, self.latest = {id(t) for t in given}, place or self.latest
         for tensor in tensors_in((out,)):
             if id(tensor) not in mine:
                 self.places.put(tensor, place)
@@ -118,10 +119,10 @@ class Functions(TorchFunctionMode):
         self.special: dict[Any, Callable] = {
             tensor.to: self._to, tensor.cuda: lambda t, *_, **__: self.move(t, GPU),
             tensor.cpu: lambda t, *_, **__: self.move(t, CPU),
-            tensor.device.__get__: lambda t: torch.device(GPU, 0) if self.places.of(t) == GPU else _real_device(t),
-            tensor.is_cuda.__get__: lambda t: self.places.of(t) == GPU,
-            tensor.is_cpu.__get__: lambda t: self.places.of(t) != GPU and _real_device(t).type == "cpu",
-            tensor.get_device: lambda t: 0 if self.places.of(t) == GPU else -1,
+            tensor.device.__get__: lambda t: torch.device(GPU, 0) if self.ask(t) == GPU else _real_device(t),
+            tensor.is_cuda.__get__: lambda t: self.ask(t) == GPU,
+            tensor.is_cpu.__get__: lambda t: self.ask(t) != GPU and _real_device(t).type == "cpu",
+            tensor.get_device: lambda t: 0 if self.ask(t) == GPU else -1,
             tensor.numpy: self._numpy, tensor.__array__: self._numpy, tensor.pin_memory: lambda t, *_: t,
             tensor.new_tensor: self._new_tensor,
         }
@@ -138,6 +139,10 @@ class Functions(TorchFunctionMode):
             first = next(iter(tensors_in(args)), None)
             _need_generator(kwargs["generator"], CPU if first is None else self.places.of(first) or CPU)
         return self.call(func, *args, **kwargs)
+
+    def ask(self, tensor: torch.Tensor) -> str | None:
+        """The place of a tensor whose device somebody wants to know."""
+        return self.places.settle(tensor, self.operations.latest)
 
     def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Run it; what it makes was asked for by Python, not by autograd's engine."""

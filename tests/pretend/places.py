@@ -34,6 +34,14 @@ class Places:
             return None
         return CPU
 
+    def settle(self, tensor: torch.Tensor, otherwise: str) -> str | None:
+        """Its place; one that is undecided goes `otherwise`, now that somebody asks."""
+        place, storage = self.of(tensor), _storage(tensor)
+        if place is None and storage is not None and storage._cdata in self.undecided:
+            self.put(tensor, otherwise)
+            return otherwise
+        return place
+
     def put(self, tensor: torch.Tensor, place: str | None) -> None:
         """Say where a tensor's storage is from now on; None leaves it undecided."""
         storage = _storage(tensor)
