@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -255,7 +256,15 @@ def _triton(places: Places) -> None:
         # The interpreter multiplies the bit patterns of bf16 as integers.
         return dot(self, *(cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
 
-    builder.create_dot = create_dot
+    def cast_impl(self: Any, src: Any, to: Any) -> Any:
+        # It cuts float32 off where a GPU rounds it to bf16.
+        if src.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            bits = np.ascontiguousarray(src.data).view(np.uint32)
+            nearest = np.where(np.isnan(src.data), bits, bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+            src = interpreter.TensorHandle(nearest.astype(np.uint32).view(np.float32), tl.float32)
+        return cast(self, src, to)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 @contextmanager

@@ -125,6 +125,11 @@ import llmbook.kit.kernels as k
 assert k.DEVICE.type == "cuda" and not k.INTERPRETED and k.capability() == 90
 assert torch.cuda.get_device_capability() == (9, 0) and torch.cuda.is_available() and k.sized(1, 2) == 1
 
+x = torch.randn(16, device="cuda")
+out = torch.empty(16, device="cuda", dtype=torch.bfloat16)
+rounded[(1,)](x, out)
+assert torch.equal(out, x.bfloat16())
+
 a = torch.randn(16, 16, device="cuda").bfloat16()
 out = torch.empty(16, 16, device="cuda")
 product[(1,)](a, out)
@@ -143,6 +148,11 @@ def double(x_ptr, n, N: tl.constexpr = 16):
 def product(a_ptr, out_ptr):
     at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(out_ptr + at, dot(tl.load(a_ptr + at), tl.load(a_ptr + at)))
+
+@triton.jit
+def rounded(x_ptr, out_ptr):
+    at = tl.arange(0, 16)
+    tl.store(out_ptr + at, tl.load(x_ptr + at).to(tl.bfloat16))
 
 @torch.library.custom_op("pretended::both", mutates_args=())
 def op(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
