@@ -103,6 +103,7 @@ def _cuda(sm: int, places: Places) -> None:
         "device": lambda *_: nullcontext(), "mem_get_info": lambda *_: (total - places.allocated(), total),
         "memory_allocated": lambda *_: places.allocated(), "max_memory_allocated": peak,
         "memory_reserved": lambda *_: places.allocated(),
+        "is_current_stream_capturing": lambda: False,
         "reset_peak_memory_stats": reset_peak, "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }
