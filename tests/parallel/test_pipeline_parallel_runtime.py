@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from llmbook.kit import ranks
 from llmbook.parallel.pipeline_parallel import closed_forms, figures
@@ -21,6 +21,7 @@ from llmbook.parallel.pipeline_parallel.schedules import (
     with_recompute,
 )
 from llmbook.parallel.pipeline_parallel.simulate import peaks, simulate
+from tests.pipelining import pipelining_step
 
 COST = {"F": 1.0, "B": 2.0}
 
@@ -142,15 +143,6 @@ def test_targets_must_match_inputs():
         ranks.run(step, 1, gpipe(1, 1), split_layers(blocks, 1), x, t[:12], timeout=20)
 
 
-def theirs(comm, kind, modules, micros, x, t):
-    """The same step by torch.distributed.pipelining."""
-    mine = range(comm.rank, len(modules), comm.size)
-    stages = [PipelineStage(modules[s], s, len(modules), comm.device) for s in mine]
-    schedule = kind(stages if len(stages) > 1 else stages[0], micros, loss_fn=nn.functional.mse_loss)
-    schedule.step(*([x] if comm.rank == 0 else []), target=t if comm.rank == comm.size - 1 else None)
-    return {s: [p.grad for p in modules[s].parameters()] for s in mine}
-
-
 @pytest.mark.parametrize(
     ("kind", "schedule"),
     [
@@ -163,7 +155,7 @@ def test_gradients_equal_torchs_pipelining(kind, schedule):
     blocks, x, t, *_ = problem(9, batch=16)
     modules = split_layers(blocks, schedule.stages)
     ours = ranks.run(step, schedule.ranks, schedule, modules, x, t, timeout=30)
-    other = ranks.run(theirs, schedule.ranks, kind, modules, schedule.micros, x, t, timeout=30)
+    other = ranks.run(pipelining_step, schedule.ranks, kind, modules, schedule.micros, x, t, timeout=30)
     for mine, yours in zip(ours.results, other.results, strict=True):
         assert mine.gradients.keys() == yours.keys()
         for stage, grads in mine.gradients.items():

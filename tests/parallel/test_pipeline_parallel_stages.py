@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining import ScheduleGPipe
 
 from llmbook.kit import ranks
 from llmbook.parallel.pipeline_parallel import rank
 from llmbook.parallel.pipeline_parallel.runtime import Worker, pipeline_step
 from llmbook.parallel.pipeline_parallel.schedules import Schedule, gpipe, one_f_one_b, with_recompute
+from tests.pipelining import pipelining_step
 
 WIDTH = 6
 
@@ -69,20 +70,11 @@ def test_stages_without_weights_to_learn(blocks, make):
         torch.testing.assert_close(have, want, rtol=0, atol=1e-12)
 
 
-def theirs(comm, kind, modules, micros, x, t):
-    """The same step by torch.distributed.pipelining."""
-    mine = range(comm.rank, len(modules), comm.size)
-    stages = [PipelineStage(modules[s], s, len(modules), comm.device) for s in mine]
-    schedule = kind(stages if len(stages) > 1 else stages[0], micros, loss_fn=nn.functional.mse_loss)
-    schedule.step(*([x] if comm.rank == 0 else []), target=t if comm.rank == comm.size - 1 else None)
-    return {s: [p.grad for p in modules[s].parameters()] for s in mine}
-
-
 def test_torchs_pipelining_runs_a_frozen_first_stage_too_and_agrees():
     x, t = batch(12)
     modules = [linear(False), linear()]
     ours = ranks.run(step, 2, gpipe(2, 3), modules, x, t, timeout=30).results
-    other = ranks.run(theirs, 2, ScheduleGPipe, modules, 3, x, t, timeout=30).results
+    other = ranks.run(pipelining_step, 2, ScheduleGPipe, modules, 3, x, t, timeout=30).results
     assert other[0][0] == [None, None]
     for a, b in zip(ours[1].gradients[1], other[1][1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
