@@ -275,12 +275,12 @@ def _modes_off() -> Any:
 
 
 def _small() -> None:
-    """Benchmarks at the sizes that their chapters keep for the interpreter, each call timed once."""
+    """Benchmarks at the sizes kept for the interpreter, each call timed twice; a case that is not timed raises."""
     import sys
 
     from llmbook.kit import measure, stopwatch
 
-    report, stopwatch.ROUNDS = measure.report, (2, 2)
+    report, run, stopwatch.ROUNDS = measure.report, measure.run, (2, 2)
 
     def once(call: Any) -> float:
         call()
@@ -290,4 +290,11 @@ def _small() -> None:
         sizes = sys.modules[cases.__module__].SMALL
         report(chapter, lambda: cases(**sizes), **options, timer=once)
 
-    measure.report = small
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        timed, without = run(*args, **kwargs)
+        wrong = [(row["name"], name) for row in timed for name, peer in row["peers"].items() if "wrong" in peer]
+        if without or wrong or not timed:
+            raise AssertionError(f"not measured: {without}; wrong peers: {wrong}; {len(timed)} cases were timed")
+        return timed, without
+
+    measure.report, measure.run = small, checked

@@ -48,6 +48,8 @@ def meets_a_gpu(chapter):
 
 
 CHAPTERS = [chapter for chapter in chapters() if meets_a_gpu(chapter)]
+# Large notebooks first, as a rule the slow ones: so that no worker is left alone with one at the end.
+CHAPTERS.sort(key=lambda chapter: -chapter.notebook.stat().st_size)
 # The two ends of what the book tells apart: no bf16 and little shared memory; and copies by descriptors.
 RUNS = [(chapter, sm) for sm in (75, 90) for chapter in CHAPTERS if sm == 75 or "kit.kernels" in code(chapter)]
 

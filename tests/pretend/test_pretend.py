@@ -39,6 +39,8 @@ REFUSED = {
     "torch.randn(3, device='cuda', generator=torch.Generator())": "RuntimeError: Expected a 'cuda'",
     "torch.randn(3, generator=torch.Generator('cuda'))": "RuntimeError: Expected a 'cpu'",
     "g.uniform_(generator=torch.Generator())": "RuntimeError: Expected a 'cuda'",
+    "measure.run([case])": "AssertionError: not measured: [{'name': 'wrong'",
+    "measure.run([])": "AssertionError: not measured: []",
     "double[(1,)](c, 4)": "ValueError: Pointer argument x_ptr cannot be accessed from Triton",
 }
 # Programs, an empty line between two.
@@ -137,7 +139,10 @@ assert torch.allclose(out, a.float() @ a.float())
 """
 ALLOWED = PROGRAMS.split("\n\n")
 KERNELS = """
+from llmbook.kit import measure
 from llmbook.kit.kernels import dot, tl, triton
+
+case = measure.Case("wrong", {}, lambda: measure.Work(lambda: 1, lambda result: (1.0, 0.1)), 1, 1, 0)
 
 @triton.jit
 def double(x_ptr, n, N: tl.constexpr = 16):
@@ -188,7 +193,7 @@ def outcomes():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])  # after what measurements print
 
 
 @pytest.mark.parametrize("line", REFUSED)
