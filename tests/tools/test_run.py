@@ -4,6 +4,7 @@ import re
 
 import nbformat
 import pytest
+import yaml
 
 from tools import colab, run
 from tools.chapters import ROOT, Chapter
@@ -82,3 +83,11 @@ def test_the_weekly_run_is_make_colab_on_the_gpu_list():
     assert "pip-freeze.gpu.txt" in workflow
     assert "make colab LIST=" in workflow
     assert "-m tools.colab" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_book_is_not_built_from_what_git_ignores():
+    # Sphinx would read every page of every package in there.
+    folders = [line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()]
+    ours = [folder for folder in folders if not re.search(r"[*/]|__pycache__", folder)]
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    assert {".venv", ".colab", "_build"} <= set(ours) <= set(config["exclude_patterns"])
