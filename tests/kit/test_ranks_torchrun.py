@@ -57,7 +57,7 @@ def fails(comm):
 try:
     ranks.run(fails, 2)
 except ValueError as error:
-    print(error, torch.distributed.is_initialized())
+    print(f"{error} {torch.distributed.is_initialized()}\\n", end="")  # one write: two ranks share the line
 """
 
 
